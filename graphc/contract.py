@@ -1,0 +1,259 @@
+"""What a pass and a backend are: the two interfaces that everything else plugs into.
+
+Both are frozen dataclasses. Their fields are their options: on the command line, in recipes, in searches
+and in the documentation.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import enum
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+Arrays = Mapping[str, "np.ndarray[Any, Any]"]
+"""Tensors by input or output name."""
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field that is an option of a pass or a backend.
+
+    Args:
+        default: The default value; it must be immutable.
+        help: One sentence for ``graphc list NAME`` and the documentation.
+    """
+    return field(default=default, metadata={"help": help})
+
+
+class Effect(enum.Enum):
+    """What a pass may do to the function that a model computes."""
+
+    EXACT = "exact"
+    """The model computes the same, up to the rounding of its dtype. The runner checks it."""
+    LOSSY = "lossy"
+    """The model computes something else. The runner measures how far it is."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Something that was tried and did not apply.
+
+    Attributes:
+        node: The node (or value) where it was tried.
+        reason: Why it did not apply, in plain words and without the node's name, so that equal reasons group.
+        count: How many places the same reason stands for; ``node`` is then the first of them.
+    """
+
+    node: str
+    reason: str
+    count: int = 1
+
+
+class PassResult:
+    """What one run of a pass did, and what it left alone and why."""
+
+    def __init__(self) -> None:
+        self._changes: Counter[str] = Counter()
+        self._refusals: dict[str, list[str]] = {}
+
+    def change(self, what: str, count: int = 1) -> None:
+        """Record ``count`` changes of the same kind, e.g. ``"Identity removed"``."""
+        if count:
+            self._changes[what] += count
+
+    def refuse(self, node: ir.Node | ir.Value | str, reason: str) -> None:
+        """Record that something did not apply at ``node``."""
+        name = node if isinstance(node, str) else (node.name or "")
+        self._refusals.setdefault(reason, []).append(name)
+
+    @property
+    def changed(self) -> bool:
+        return bool(self._changes)
+
+    @property
+    def changes(self) -> list[str]:
+        """Each kind of change once, with how often it happened, in the order of its first occurrence."""
+        return [what if n == 1 else f"{what} (×{n})" for what, n in self._changes.items()]
+
+    @property
+    def refusals(self) -> list[Refusal]:
+        """Refusals, equal reasons grouped."""
+        return [Refusal(nodes[0], reason, len(nodes)) for reason, nodes in self._refusals.items()]
+
+    def places(self, reason: str) -> Sequence[str]:
+        """The names of all nodes that were refused for ``reason``."""
+        return self._refusals.get(reason, ())
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a pass wants the runner to have collected before it runs.
+
+    Attributes:
+        statistics: ``(kind, value name)`` pairs, e.g. ``("gram", "h.3.mlp.act")``.
+        gradients: Whether gradients of the loss by every initializer are wanted.
+        timings: Whether the timing table of the target is wanted.
+    """
+
+    statistics: frozenset[tuple[str, str]] = frozenset()
+    gradients: bool = False
+    timings: bool = False
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a target can run, as asked of the installed runtime; without one, what is portable.
+
+    Attributes:
+        name: The target, e.g. ``"onnxruntime"``.
+        max_ir: The highest ONNX IR version that it loads.
+        max_opset: The highest opset version by domain (``""`` is the standard one).
+        kernels: ``(domain, operator, provider)`` for which a kernel exists; empty when it could not be asked.
+        providers: The execution providers that really start on this machine.
+        portable: Whether only standard ONNX may be emitted.
+    """
+
+    name: str
+    max_ir: int
+    max_opset: Mapping[str, int]
+    kernels: frozenset[tuple[str, str, str]] = frozenset()
+    providers: tuple[str, ...] = ()
+    portable: bool = True
+
+    def has_kernel(self, domain: str, operator: str, provider: str = "CPUExecutionProvider") -> bool:
+        return (domain, operator, provider) in self.kernels
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """The progress callback that shows nothing."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the runner gives a pass: everything from outside the model that it may look at.
+
+    Attributes:
+        target: What the target can run.
+        seed: The seed of everything random in the pass.
+        checkable: Whether the model can be run here, and hence the result be checked.
+        statistics: What ``Pass.needs`` asked for, by ``(kind, value name)``.
+        data: Samples given by the user, each a mapping from input name to array; empty if none.
+        timings: Measured seconds by operator signature, if asked for.
+        progress: ``progress(what, done, total)``; call it in loops that may exceed a second.
+    """
+
+    target: Capabilities
+    seed: int = 0
+    checkable: bool = True
+    statistics: Mapping[tuple[str, str], Any] = field(default_factory=dict)
+    data: Sequence[Arrays] = ()
+    timings: Mapping[str, float] = field(default_factory=dict)
+    progress: Callable[[str, int, int], None] = no_progress
+
+
+@dataclass(frozen=True)
+class Pass(abc.ABC):
+    """A named rewrite with typed options and an effect.
+
+    A pass changes the model it is given in place; the runner keeps a snapshot. It decides everything before
+    it changes anything, refuses with a reason, and does no I/O, no logging, nothing random without the
+    seed of its context. The runner checks or measures what it did.
+    """
+
+    effect: ClassVar[Effect]
+    unchecked_ok: ClassVar[bool] = False
+    """Whether the pass has a part that is safe on a model that cannot be run here (it then looks at
+    ``Context.checkable``); the runner does not call other passes on such a model."""
+
+    @property
+    def name(self) -> str:
+        """The name on the command line: the file's, with hyphens."""
+        return type(self).__module__.rpartition(".")[2].replace("_", "-")
+
+    def needs(self, model: ir.Model) -> Needs:
+        """What must be collected before the pass runs on ``model``."""
+        return Needs()
+
+    def levels(self, model: ir.Model) -> Sequence[Pass]:
+        """The same pass from the strongest setting, which is itself, to the mildest; the gate backs off along it."""
+        return (self,)
+
+    @abc.abstractmethod
+    def run(self, model: ir.Model, ctx: Context) -> PassResult:
+        """Change ``model`` in place and say what was done and what was left alone."""
+
+    def spec(self) -> str:
+        """The pass as recipe text, with the options that are not at their defaults."""
+        return spec_text(self.name, self)
+
+
+class Runnable(abc.ABC):
+    """Something that runs: a loaded artifact."""
+
+    provider: str
+    """What really runs it, e.g. ``"CPUExecutionProvider"``."""
+
+    @abc.abstractmethod
+    def run(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        """Compute all outputs, by name."""
+
+
+@dataclass(frozen=True)
+class Backend(abc.ABC):
+    """Turns a model into an artifact on disk, and an artifact into something that runs."""
+
+    @property
+    def name(self) -> str:
+        """The name on the command line: the file's, with hyphens."""
+        return type(self).__module__.rpartition(".")[2].replace("_", "-")
+
+    @abc.abstractmethod
+    def capabilities(self) -> Capabilities:
+        """What the target can run."""
+
+    @abc.abstractmethod
+    def emit(self, model: ir.Model, folder: Path) -> Mapping[str, Any]:
+        """Write everything that the artifact needs to run into ``folder``, which exists and is empty.
+
+        Returns:
+            What the artifact needs of its runtime (session options, say), for the manifest.
+        """
+
+    @abc.abstractmethod
+    def load(self, path: Path) -> Runnable:
+        """Load an artifact folder, or a single file if the backend has such a form, in a fresh session."""
+
+    def spec(self) -> str:
+        """The backend as text, with the options that are not at their defaults."""
+        return spec_text(self.name, self)
+
+
+def spec_text(name: str, instance: Any) -> str:
+    """``name{option=value ...}`` with the options of a dataclass that differ from their defaults."""
+    changed = [
+        f"{f.name.replace('_', '-')}={_value_text(getattr(instance, f.name))}"
+        for f in dataclasses.fields(instance)
+        if getattr(instance, f.name) != f.default
+    ]
+    return f"{name}{{{' '.join(changed)}}}" if changed else name
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return "[" + ",".join(map(_value_text, value)) + "]"
+    if isinstance(value, str):
+        plain = value and all(c.isalnum() or c in "_-./:%+" for c in value) and not value[0].isdigit()
+        if plain and value not in ("true", "false", "none"):
+            return value
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return "none" if value is None else str(value)

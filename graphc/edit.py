@@ -1,0 +1,167 @@
+"""The few operations on ``onnx_ir`` graphs that every pass needs: constants in, constants out, replace, iterate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+SMALL = 4096
+"""Elements up to which a constant counts as small: an index, a shape, a scale; never a weight matrix."""
+
+
+def graphs(model: ir.Model) -> Iterator[ir.Graph]:
+    """The main graph, the bodies of local functions, and all subgraphs of both, outer before inner."""
+    for root in (model.graph, *(f.graph for f in model.functions.values())):
+        yield root
+        yield from root.subgraphs()
+
+
+def nodes(model: ir.Model) -> Iterator[ir.Node]:
+    """All nodes of all graphs of the model."""
+    for graph in graphs(model):
+        yield from graph
+
+
+def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    """The bodies that a node holds (If, Loop, Scan), outermost only."""
+    for attr in node.attributes.values():
+        if attr.is_ref():
+            continue
+        if attr.type == ir.AttributeType.GRAPH:
+            yield attr.as_graph()
+        elif attr.type == ir.AttributeType.GRAPHS:
+            yield from attr.as_graphs()
+
+
+def tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The constant that a value always holds, unread: an initializer that cannot be overridden, or a Constant node.
+
+    An initializer that is also a graph input is a default that callers may override, hence no constant.
+    """
+    if value is None:
+        return None
+    if value.is_initializer():
+        return None if value.is_graph_input() else value.const_value
+    producer = value.producer()
+    if producer is None or producer.op_type != "Constant" or producer.domain not in ("", "ai.onnx"):
+        return None
+    for name, attr in producer.attributes.items():
+        if attr.is_ref():
+            return None
+        match name:
+            case "value":
+                return attr.as_tensor()
+            case "value_int" | "value_ints":
+                return ir.tensor(np.array(attr.value, dtype=np.int64))
+            case "value_float" | "value_floats":
+                return ir.tensor(np.array(attr.value, dtype=np.float32))
+            case "value_string":
+                return ir.tensor([attr.as_string()])
+            case "value_strings":
+                return ir.tensor(list(attr.as_strings()))
+    return None
+
+
+def constant(value: ir.Value | None, limit: int | None = None) -> Array | None:
+    """The constant that a value holds, as a read-only array in the tensor's dtype.
+
+    Args:
+        value: Any value, or None for an omitted input.
+        limit: Give None for constants with more elements than this (without reading them).
+    """
+    found = tensor(value)
+    if found is None or (limit is not None and found.size > limit):
+        return None
+    return found.numpy()
+
+
+def scalar(value: ir.Value | None) -> Any | None:
+    """The Python number of a constant with exactly one element, whatever its rank; else None."""
+    array = constant(value, limit=1)
+    return array.reshape(-1)[0].item() if array is not None and array.size == 1 else None
+
+
+def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
+    """The value of an attribute, or ``default`` where it is absent. A reference to a function's attribute raises.
+
+    Strings are ``str``, lists are tuples.
+    """
+    attr = node.attributes.get(name)
+    if attr is None:
+        return default
+    if attr.is_ref():
+        raise ValueError(f"attribute '{name}' of node '{node.name}' is bound by the function's caller")
+    if attr.type == ir.AttributeType.STRING:
+        return attr.as_string()
+    return tuple(attr.value) if isinstance(attr.value, list | tuple) else attr.value
+
+
+def is_op(node: ir.Node | None, *op_types: str, domain: str = "") -> bool:
+    """Whether a node is one of these operators of the domain (the standard one by default)."""
+    return node is not None and node.op_type in op_types and (node.domain or "").replace("ai.onnx", "", 1) == domain
+
+
+class Names:
+    """Hands out value names that nothing in the model carries; the same model gives the same names."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._taken: set[str] = set()
+        self._next: dict[str, int] = {}
+        for graph in graphs(model):
+            self._taken.update(v.name for v in graph.inputs if v.name)
+            self._taken.update(graph.initializers)
+            self._taken.update(v.name for node in graph for v in node.outputs if v.name)
+
+    def fresh(self, hint: str) -> str:
+        """``hint``, or ``hint_1``, ``hint_2``, ... whichever is free first."""
+        name, n = hint, self._next.get(hint, 0)
+        while name in self._taken:
+            n += 1
+            name = f"{hint}_{n}"
+        self._next[hint] = n
+        self._taken.add(name)
+        return name
+
+
+def initializer(graph: ir.Graph, data: Array | ir.TensorProtocol, name: str) -> ir.Value:
+    """Add a constant to the graph under ``name``, which must be free; a tensor is kept as it is, unread."""
+    held = ir.tensor(np.ascontiguousarray(data), name=name) if isinstance(data, np.ndarray) else data
+    value = ir.Value(name=name, shape=ir.Shape(tuple(held.shape)), type=ir.TensorType(held.dtype), const_value=held)
+    graph.register_initializer(value)
+    return value
+
+
+def replace(old: ir.Value, new: ir.Value) -> bool:
+    """Let every reader of ``old`` read ``new``; graph outputs keep their names.
+
+    Where ``old`` is a graph output and ``new`` cannot take its name (it is itself an input, an initializer or
+    an output, or lives in another graph), nothing is changed.
+
+    Returns:
+        Whether it was replaced. The node that made ``old`` is left for dead-code removal.
+    """
+    if old.is_graph_output():
+        if new.is_graph_input() or new.is_graph_output() or new.is_initializer() or new.graph is not old.graph:
+            return False
+        name = old.name
+        if new.type is None:
+            new.type = old.type
+        if new.shape is None:
+            new.shape = old.shape
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        old.name = f"{name}.replaced"
+        new.name = name
+        return True
+    old.replace_all_uses_with(new)
+    return True
+
+
+def remove(node: ir.Node) -> None:
+    """Take a node that nobody reads out of its graph."""
+    assert node.graph is not None
+    node.graph.remove(node, safe=True)

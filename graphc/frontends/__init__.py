@@ -1,0 +1,1 @@
+"""Frontends: each turns one kind of source into an ``onnx_ir.Model``."""
