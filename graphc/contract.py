@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from graphc.errors import BadInput
+
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
@@ -227,6 +229,16 @@ class Backend(abc.ABC):
             What the artifact needs of its runtime (session options, say), for the manifest.
         """
 
+    def emit_file(self, model: ir.Model, path: Path) -> None:
+        """Write one file, ``path``, in the folder where it shall be (weights beside it when needed), atomically.
+
+        What is written needs nothing but the runtime's defaults.
+
+        Raises:
+            BadInput: The backend writes artifact folders only.
+        """
+        raise BadInput(f"target '{self.name}' writes a folder, not one file", where=str(path), hint="give -o FOLDER/")
+
     @abc.abstractmethod
     def load(self, path: Path) -> Runnable:
         """Load an artifact folder, or a single file if the backend has such a form, in a fresh session."""
@@ -239,18 +251,19 @@ class Backend(abc.ABC):
 def spec_text(name: str, instance: Any) -> str:
     """``name{option=value ...}`` with the options of a dataclass that differ from their defaults."""
     changed = [
-        f"{f.name.replace('_', '-')}={_value_text(getattr(instance, f.name))}"
+        f"{f.name.replace('_', '-')}={value_text(getattr(instance, f.name))}"
         for f in dataclasses.fields(instance)
         if getattr(instance, f.name) != f.default
     ]
     return f"{name}{{{' '.join(changed)}}}" if changed else name
 
 
-def _value_text(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """An option's value as recipe text."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, tuple):
-        return "[" + ",".join(map(_value_text, value)) + "]"
+        return "[" + ",".join(map(value_text, value)) + "]"
     if isinstance(value, str):
         plain = value and all(c.isalnum() or c in "_-./:%+" for c in value) and not value[0].isdigit()
         if plain and value not in ("true", "false", "none"):

@@ -59,9 +59,7 @@ class Recipe:
             raise BadInput("cannot read the recipe", where=str(path), why=str(error)) from None
         unknown = set(document) - {"pass", "description"}
         if unknown:
-            raise BadInput(
-                f"a recipe has no key '{min(unknown)}'", where=str(path), hint="keys: description, [[pass]]"
-            )
+            raise BadInput(f"a recipe has no key '{min(unknown)}'", where=str(path), hint="keys: description, [[pass]]")
         tables = document.get("pass", [])
         if not isinstance(tables, list) or not tables or not all(isinstance(t, dict) and "name" in t for t in tables):
             raise BadInput("the recipe has no [[pass]] tables with a name", where=str(path))
@@ -109,13 +107,13 @@ def parse_backend(text: str) -> Backend:
 def build(cls: type[T], name: str, options: Mapping[str, Any], where: str = "") -> T:
     """Make a pass or a backend from option values as TOML or text gives them, checked against the field types."""
     fields = {f.name.replace("_", "-"): f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = _hints(cls)
+    types_ = hints(cls)  # type: ignore[arg-type]
     values = {}
     for key, value in options.items():
         field = fields.get(key.replace("_", "-"))
         if field is None:
             raise BadInput(f"'{name}' has no option '{key}'", where=where, hint=nearest(key, fields))
-        values[field.name] = _coerce(value, hints[field.name], f"{name}{{{key}}}", where)
+        values[field.name] = _coerce(value, types_[field.name], f"{name}{{{key}}}", where)
     try:
         return cls(**values)
     except ValueError as error:
@@ -136,7 +134,8 @@ def type_text(annotation: Any) -> str:
 
 
 @cache
-def _hints(cls: type) -> dict[str, Any]:
+def hints(cls: type[Any]) -> dict[str, Any]:
+    """The types of a dataclass's fields, resolved."""
     return typing.get_type_hints(cls)
 
 
@@ -158,9 +157,7 @@ def _coerce(value: Any, annotation: Any, option: str, where: str) -> Any:
     elif origin is typing.Literal:
         if value in args:
             return value
-        raise BadInput(
-            f"option {option} cannot be {value!r}", where=where, hint=nearest(str(value), map(str, args))
-        )
+        raise BadInput(f"option {option} cannot be {value!r}", where=where, hint=nearest(str(value), map(str, args)))
     elif origin is tuple:
         items = value if isinstance(value, list | tuple) else [value]
         return tuple(_coerce(item, args[0], option, where) for item in items)

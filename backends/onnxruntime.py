@@ -1,0 +1,123 @@
+"""ONNX Runtime: a portable ONNX model, or a folder with one, its manifest and a script that runs it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graphc import files
+from graphc.contract import Backend, Capabilities, Runnable, option
+from graphc.errors import BadInput
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+MODEL = "model.onnx"
+
+
+@dataclass(frozen=True)
+class OnnxRuntime(Backend):
+    """ONNX that ONNX Runtime loads, on this machine or, by default, on any.
+
+    The weights of a large model stand in a data file beside it.
+    """
+
+    provider: str = option("CPUExecutionProvider", "the execution provider that runs the model")
+    portable: bool = option(True, "emit only standard operators, which every ONNX runtime has")
+    threads: int = option(0, "threads within an operator; 0 lets ONNX Runtime choose")
+
+    def capabilities(self) -> Capabilities:
+        return _capabilities(self.portable)
+
+    def emit(self, model: ir.Model, folder: Path) -> Mapping[str, Any]:
+        from graphc import model as models
+        from graphc.portable import portable
+
+        models.save(portable(model, self.capabilities()), folder / MODEL)
+        files.write(folder / "run.py", _RUN)
+        return {"provider": self.provider, "threads": self.threads, "session_options": {}}
+
+    def emit_file(self, model: ir.Model, path: Path) -> None:
+        from graphc import model as models
+        from graphc.portable import portable
+
+        models.save(portable(model, self.capabilities()), path)
+
+    def load(self, path: Path) -> Runnable:
+        from graphc import runtime
+
+        settings: Mapping[str, Any] = {}
+        if path.is_dir():
+            settings = _manifest(path).get("runtime", {})
+            path = path / MODEL
+        return runtime.session(
+            path,
+            optimise=True,
+            provider=settings.get("provider", self.provider),
+            options=settings.get("session_options", {}),
+            threads=settings.get("threads", self.threads),
+        )
+
+
+@cache
+def _capabilities(portable: bool) -> Capabilities:
+    """What the installed ONNX Runtime loads; without one, what every version since 1.20 does."""
+    from dataclasses import replace
+
+    from graphc import runtime
+
+    try:
+        found = runtime.capabilities()
+    except BadInput:
+        found = Capabilities("onnxruntime", max_ir=10, max_opset={"": 21, "ai.onnx.ml": 5})
+    return replace(found, portable=portable)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / files.MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput("cannot read the artifact's manifest", where=str(path), why=str(error)) from None
+    if not isinstance(manifest, dict):
+        raise BadInput("the artifact's manifest is no JSON object", where=str(path))
+    return manifest
+
+
+_RUN = '''\
+"""Run the model beside this file: python run.py [INPUTS.npz]. It needs onnxruntime and numpy only."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+here = Path(__file__).resolve().parent
+manifest = here / "graphc.json"
+settings = json.loads(manifest.read_text())["runtime"] if manifest.exists() else {}
+options = ort.SessionOptions()
+options.intra_op_num_threads = settings.get("threads", 0)
+for key, value in settings.get("session_options", {}).items():
+    options.add_session_config_entry(key, value)
+provider = settings.get("provider", "CPUExecutionProvider")
+session = ort.InferenceSession(here / "model.onnx", options, providers=[provider])
+
+
+def zeros(value):
+    """Zeros in the shape of an input; axes of unknown size get 1."""
+    shape = [dim if isinstance(dim, int) and dim > 0 else 1 for dim in value.shape]
+    kind = value.type.removeprefix("tensor(").removesuffix(")")
+    return np.zeros(shape, {"float": "f4", "double": "f8", "string": object}.get(kind, kind))
+
+
+given = dict(np.load(sys.argv[1], allow_pickle=False)) if len(sys.argv) > 1 else {}
+inputs = {value.name: given.get(value.name, zeros(value)) for value in session.get_inputs()}
+for value, result in zip(session.get_outputs(), session.run(None, inputs)):
+    print(value.name, getattr(result, "dtype", type(result).__name__), np.shape(result))
+'''

@@ -1,0 +1,293 @@
+"""Write ``bench/results/*.md`` and the table in README.md from the committed results.
+
+    python bench/tables.py [--check]
+
+With ``--check`` nothing is written; the exit code is 1 when a table is not what the results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from compile import GRAPHC, UNVERIFIED
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+SHOWN = (
+    "ppocr-det",
+    "ppocr-rec",
+    "ppocr-cls",
+    "silero-vad",
+    "minilm-dynamo",
+    "minilm-torchscript",
+    "bert-torchscript",
+    "llama-dynamo",
+    "light-densenet121",
+    "synthetic-2.4gb",
+)
+"""The models in README.md."""
+
+Row = dict[str, Any]
+
+LIMITS = (
+    ("anonymous memory, 2.4 GB model", "synthetic-2.4gb", "anon_mb", "MB", 500, 150),
+    ("CPU time, 4,003-node BERT", "bert-torchscript", "cpu_s", "s", 4, 2.6),
+)
+"""What, model, key, unit, floor, goal; of graphc without verification."""
+
+SLOWER = 1.02
+"""A latency counts as worse when three quarters of the alternating pairs exceed this ratio."""
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table, numbers to the right."""
+    header = list(header)
+    lines = [" | ".join(header), " | ".join(["---", *["---:"] * (len(header) - 1)])]
+    lines += [" | ".join(str(cell) for cell in row) for row in rows]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+COMPILE_PAGE = f"""\
+# Compile benchmark
+
+Written by `bench/tables.py` from `compile.json`; do not edit. Made by
+`python bench/compile.py --peers PYTHON --rounds {{rounds}} --seconds {{seconds:g}}`.
+{{machine}}; Python {{python}}; {{versions}}.
+
+Every tool runs as a whole fresh process; within a model the tools take turns. Times are medians, memory is
+the peak over all runs. `{GRAPHC}` compares its result with its input, as a user's run does; `{UNVERIFIED}`
+does not, like the peers. A dash means that the tool failed or left a model that does not run; the last table
+says which.
+
+## Floors and goals
+
+{{judgements}}
+
+## Wall time, s
+
+{{wall}}
+
+## CPU time, s
+
+{{cpu}}
+
+## Peak anonymous memory, MB
+
+{{anon}}
+
+## Peak resident memory (mapped files included), MB
+
+{{rss}}
+
+## Nodes left
+
+Nodes of subgraphs and local functions included, Constant nodes not; those are in brackets.
+
+{{nodes}}
+
+## Latency in ONNX Runtime, relative to the input
+
+One thread, the runtime's own optimisation on for both; the median of alternating pairs. The column `input`
+is the input against itself: the noise.
+
+{{latency}}
+
+## Outputs
+
+Against the input with the runtime's optimisation off, on inputs of several sizes: the largest difference
+relative to the largest magnitude.
+
+{{outputs}}
+"""
+
+
+def compile_page(results: Row) -> str:
+    """The page of ``bench/compile.py``'s results."""
+    models = results["models"]
+    tools = list(dict.fromkeys(tool for model in models for tool in model["tools"]))
+
+    def metric(cell: Callable[[Row], str], *, with_input: bool = False) -> str:
+        rows = []
+        for model in models:
+            before = [cell(model["input"])] if with_input else []
+            rows.append([model["name"], *before, *(_cell(model["tools"].get(tool), cell) for tool in tools)])
+        return table(["model", *(["input"] if with_input else []), *tools], rows)
+
+    return COMPILE_PAGE.format(
+        **{key: results[key] for key in ("rounds", "seconds", "machine", "python")},
+        versions=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
+        judgements=table(("what", "floor", "goal", "measured"), judgements(results)),
+        wall=metric(lambda r: f"{r['wall_s']:.2f}"),
+        cpu=metric(lambda r: f"{r['cpu_s']:.2f}"),
+        anon=metric(lambda r: f"{r['anon_mb']:.0f}"),
+        rss=metric(lambda r: f"{r['rss_mb']:.0f}"),
+        nodes=metric(_nodes, with_input=True),
+        latency=metric(lambda r: f"{r['latency']:.2f}", with_input=True),
+        outputs=table(
+            ["model", *tools],
+            ([model["name"], *(_verdict(model["tools"].get(tool)) for tool in tools)] for model in models),
+        ),
+    )
+
+
+def _cell(result: Row | None, cell: Callable[[Row], str]) -> str:
+    if result is None or result["failure"]:
+        return "-"
+    try:
+        return cell(result)
+    except KeyError:
+        return "-"
+
+
+def _nodes(result: Row) -> str:
+    return f"{result['nodes']:,}" + (f" ({result['constants']:,})" if result["constants"] else "")
+
+
+def _verdict(result: Row | None) -> str:
+    if result is None:
+        return "not run"
+    if result["failure"] or not result["same"]:
+        reason = result["failure"] or result["why"]
+        return f"**{reason}**" + (f" ({result['error']:.0e})" if result.get("error") else "")
+    return f"equal ({result['error']:.0e})" if result["error"] else "identical"
+
+
+def _right(result: Row | None) -> bool:
+    """Whether the tool wrote a model that runs and computes the same."""
+    return result is not None and not result["failure"] and result["same"] is True
+
+
+def judgements(results: Row) -> Iterator[tuple[str, ...]]:
+    """Each floor and goal that this benchmark decides: what, floor, goal, what was measured."""
+    models = results["models"]
+    by_name = {model["name"]: model["tools"] for model in models}
+
+    for what, model, key, unit, floor, goal in LIMITS:
+        value = by_name.get(model, {}).get(UNVERIFIED, {}).get(key)
+        shown = "not measured" if value is None else f"{value:g} {unit}"
+        yield what, *(f"{bound:g} {unit}: {_met(value, bound)}" for bound in (floor, goal)), shown
+
+    slower = _exceeding(models, "onnxslim", 1), _exceeding(models, "onnxsim", 2)
+    yield (
+        "wall time without verification",
+        f"onnxslim's: {_none(slower[0])}",
+        f"2x onnxsim's: {_none(slower[1])}",
+        "; ".join(slower[0] + slower[1]) or "within both everywhere",
+    )
+    more = [text for model in models if (text := _more_nodes(model))]
+    yield (
+        "nodes",
+        f"the fewest of the right peers: {_none(more)}",
+        "",
+        "; ".join(more) or "fewest or equal everywhere",
+    )
+    late = [
+        f"{m['name']} {m['tools'][GRAPHC]['latency']:.2f}x"
+        for m in models
+        if m["tools"][GRAPHC].get("latency_low", 0) > SLOWER
+    ]
+    yield "latency", f"not above the input's: {_none(late)}", "", "; ".join(late) or "never above"
+    tools = dict.fromkeys(tool for model in models for tool in model["tools"])
+    wrong = {tool: [m["name"] for m in models if tool in m["tools"] and not _right(m["tools"][tool])] for tool in tools}
+    counted = ", ".join(f"{tool} {len(names)}" for tool, names in wrong.items())
+    yield "models wrong or failed", f"none: {_none(wrong.get(GRAPHC, []))}", "", counted
+
+
+def _met(value: float | None, bound: float) -> str:
+    return "?" if value is None else "met" if value <= bound else "**missed**"
+
+
+def _none(found: list[str]) -> str:
+    return f"**missed on {len(found)}**" if found else "met"
+
+
+def _exceeding(models: list[Row], peer: str, factor: float) -> list[str]:
+    """Models on which graphc without verification takes longer than ``factor`` times what a peer takes."""
+    found = []
+    for model in models:
+        ours, theirs = model["tools"].get(UNVERIFIED), model["tools"].get(peer)
+        if ours and theirs and not theirs["failure"] and ours["wall_s"] > factor * theirs["wall_s"]:
+            found.append(f"{model['name']} {ours['wall_s'] / theirs['wall_s']:.1f}x {peer}")
+    return found
+
+
+def _more_nodes(model: Row) -> str:
+    """Who leaves fewer nodes than graphc and is right; empty if nobody."""
+    ours = model["tools"].get(GRAPHC, {}).get("nodes")
+    peers = {
+        tool: result["nodes"]
+        for tool, result in model["tools"].items()
+        if tool not in (GRAPHC, UNVERIFIED) and _right(result)
+    }
+    best = min(peers, key=lambda tool: peers[tool], default=None)
+    if best is None or (ours is not None and ours <= peers[best]):
+        return ""
+    return f"{model['name']} {ours}, {best} {peers[best]}"
+
+
+def readme_table(results: Row) -> str:
+    """README.md's table: what graphc made of some of the models."""
+    rows = []
+    for model in results["models"]:
+        after, before = model["tools"].get(GRAPHC), model["input"]
+        if model["name"] not in SHOWN or after is None:
+            continue
+        if not _right(after):
+            rows.append([model["name"], before["nodes"], "-", "-", "-", "-", _verdict(after)])
+            continue
+        rows.append(
+            [
+                model["name"],
+                f"{before['nodes'] + before['constants']:,}",
+                f"{after['nodes'] + after['constants']:,}",
+                f"{before['bytes'] / 1e6:,.1f}",
+                f"{after['bytes'] / 1e6:,.1f}",
+                f"{after['latency']:.2f}",
+                f"{after['wall_s']:.1f} s",
+            ]
+        )
+    header = [
+        "model",
+        "nodes before",
+        "after",
+        "MB before",
+        "after",
+        "latency, after / before",
+        "graphc took",
+    ]
+    return table(header, rows)
+
+
+def pages() -> dict[Path, str]:
+    """Every file that is written from results, with its text."""
+    results = json.loads((RESULTS / "compile.json").read_text())
+    readme = ROOT / "README.md"
+    marked = re.compile(r"(<!-- bench/tables.py: .*? -->\n).*?(<!-- end -->)", re.DOTALL)
+    text, count = marked.subn(lambda m: f"{m[1]}{readme_table(results)}\n{m[2]}", readme.read_text())
+    if count != 1:
+        sys.exit("README.md has no place marked for the table")
+    return {RESULTS / "compile.md": compile_page(results), readme: text}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if something would change")
+    check = parser.parse_args().check
+    stale = 0
+    for path, text in pages().items():
+        if not path.exists() or path.read_text() != text:
+            stale = 1
+            print(f"{'stale' if check else 'written'}: {path.relative_to(ROOT)}")
+            if not check:
+                path.write_text(text)
+    return stale if check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""How many units, and which, to take from each group for a given total: one ordering, one threshold.
+
+Units are taken in the order of their scores until the wanted part of the model's units, parameters, bytes or
+FLOPs is gone. What two groups share (a weight between them) is counted once, and shrinks with both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from graphc import edit
+from graphc.axes.groups import Group
+from graphc.edit import Array
+
+Measure = Literal["units", "params", "bytes", "flops"]
+Scope = Literal["global", "group"]
+Keep = dict[str, Array]
+"""By group name: which units stay, boolean, ``(size,)`` or ``(*blocks, size)``."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a group must keep.
+
+    Attributes:
+        least: Units that stay at least.
+        multiple: The number of units that stay is a multiple of this, where the group has that many.
+    """
+
+    least: int = 1
+    multiple: int = 1
+
+    def kept(self, size: int, wanted: int) -> int:
+        """The smallest allowed number of units that is at least ``wanted``."""
+        kept = max(wanted, self.least, 1)
+        return min(size, math.ceil(kept / self.multiple) * self.multiple)
+
+
+class Cost:
+    """What a model costs as a function of the units that are kept, in one measure.
+
+    Parameters and bytes are those of all constants; FLOPs those of the products with a constant weight, each
+    in proportion to what is left of the weight.
+
+    Args:
+        model: The model that the groups were found in.
+        groups: The groups that may be cut.
+        measure: What is counted. Units are counted over these groups only.
+    """
+
+    def __init__(self, model: ir.Model, groups: Sequence[Group], measure: Measure) -> None:
+        self._groups = {group.name: group for group in groups}
+        self._measure = measure
+        self._places: dict[ir.Value, dict[int, list[tuple[str, Array]]]] = {}
+        for group in groups:
+            for place in group.places:
+                axes = self._places.setdefault(place.value, {})
+                axes.setdefault(place.axis, []).append((group.name, np.asarray(place.units)))
+        self._weights = {} if measure == "units" else _weights(model, measure)
+
+    def __call__(self, removed: Mapping[str, int]) -> float:
+        """The cost once each group lost so many of its units (any of them: only the number matters)."""
+        if self._measure == "units":
+            return float(sum(_unit_count(g) - _blocks(g) * removed.get(n, 0) for n, g in self._groups.items()))
+        total = 0.0
+        for value, (shape, weight) in self._weights.items():
+            left = weight
+            for axis, places in self._places.get(value, {}).items():
+                kept = np.ones(shape[axis], dtype=bool)
+                for name, units in places:
+                    kept &= (units < 0) | (units >= removed.get(name, 0))
+                left *= float(np.count_nonzero(kept)) / shape[axis]
+            total += left
+        return total
+
+
+def _blocks(group: Group) -> int:
+    return int(np.prod(group.blocks, dtype=np.int64))
+
+
+def _unit_count(group: Group) -> int:
+    return group.size * _blocks(group)
+
+
+def _weights(model: ir.Model, measure: Measure) -> dict[ir.Value, tuple[tuple[int, ...], float]]:
+    """Shape and cost of every constant."""
+    found: dict[ir.Value, tuple[tuple[int, ...], float]] = {}
+    for graph in edit.graphs(model):
+        constants = [*graph.initializers.values(), *(out for node in graph for out in node.outputs)]
+        for value in constants:
+            held = edit.tensor(value)
+            if held is None or held.size == 0:
+                continue
+            cost = held.size if measure == "params" else held.nbytes
+            found[value] = (tuple(held.shape.numpy()), float(cost))
+    if measure == "flops":
+        flops = _flops_by_weight(model)
+        found = {value: (shape, flops.get(value, 0.0)) for value, (shape, _) in found.items()}
+    return found
+
+
+def _flops_by_weight(model: ir.Model) -> dict[ir.Value, float]:
+    """FLOPs of the nodes that compute with each constant, at batch and sequence size 1; shared ones are split."""
+    from graphc import flops
+
+    bound = flops.bind(model)
+    counts = {node.outputs[0].name: flops.node_flops(node) for node in edit.nodes(bound) if node.outputs}
+    found: dict[ir.Value, float] = {}
+    for node in edit.nodes(model):
+        if not node.outputs or not (count := counts.get(node.outputs[0].name, 0)):
+            continue
+        sources = [s for value in node.inputs if (s := _source(value)) is not None]
+        largest = max(sources, key=lambda v: _size(v), default=None)
+        if largest is not None:
+            found[largest] = found.get(largest, 0.0) + count
+    return found
+
+
+def _size(value: ir.Value) -> int:
+    held = edit.tensor(value)
+    return 0 if held is None else held.size
+
+
+def _source(value: ir.Value | None) -> ir.Value | None:
+    """The constant that a value is, up to a cast, a dequantization or a transposition."""
+    while value is not None and edit.tensor(value) is None:
+        node = value.producer()
+        if node is None or node.op_type not in ("Cast", "CastLike", "DequantizeLinear", "Identity", "Reshape", "Transpose"):
+            return None
+        value = node.inputs[0]
+    return value
+
+
+def allocate(
+    groups: Sequence[Group],
+    scores: Mapping[str, Array],
+    ratio: float,
+    cost: Cost,
+    limits: Mapping[str, Limits],
+    scope: Scope,
+) -> Keep:
+    """Choose what to keep so that ``ratio`` of the cost goes, as far as the limits allow.
+
+    Args:
+        groups: The groups to take from.
+        scores: By group name, a score per unit; lower goes first.
+        ratio: The part of the cost to remove, in [0, 1).
+        cost: What the model costs.
+        limits: By group name.
+        scope: ``"global"`` compares all units with each other; ``"group"`` takes the same part of each group.
+
+    Returns:
+        A mask for every group that loses something.
+    """
+    if not groups:
+        return {}
+    ranks = []
+    for group in groups:
+        # A unit of a balanced group goes from every block at once: each block gives its lowest, then its next.
+        level = np.sort(scores[group.name], axis=-1).reshape(-1, group.size).sum(axis=0)
+        ranks.append(level if scope == "global" else (np.arange(group.size) + 0.5) / group.size)
+    order = np.argsort(np.concatenate(ranks), kind="stable")
+    owner = np.repeat(np.arange(len(groups)), [g.size for g in groups])[order]
+
+    def removed(count: int) -> dict[str, int]:
+        """How many units each group loses when the first ``count`` of the order go, as far as its limits allow."""
+        wanted = np.bincount(owner[:count], minlength=len(groups)).tolist()
+        return {
+            g.name: g.size - limits[g.name].kept(g.size, g.size - n) for g, n in zip(groups, wanted, strict=True)
+        }
+
+    target = cost({}) * (1 - ratio)
+    low, high = 0, len(order)
+    while low < high:
+        middle = (low + high) // 2
+        if cost(removed(middle)) <= target * (1 + 1e-9):
+            high = middle
+        else:
+            low = middle + 1
+    chosen = removed(low)
+    if low and abs(cost(before := removed(low - 1)) - target) < abs(cost(chosen) - target):
+        # One more unit overshoots by more than this falls short.
+        chosen = before
+    return {g.name: lowest_removed(scores[g.name], chosen[g.name]) for g in groups if chosen[g.name]}
+
+
+def lowest_removed(scores: Array, count: int) -> Array:
+    """A mask that drops the ``count`` lowest scores along the last axis; of equal ones, the later go first."""
+    order = np.argsort(scores[..., ::-1], axis=-1, kind="stable")
+    order = scores.shape[-1] - 1 - order
+    keep = np.ones(scores.shape, dtype=bool)
+    np.put_along_axis(keep, order[..., :count], False, axis=-1)
+    return keep
+
+
+def normalised(scores: Mapping[str, Array]) -> dict[str, Array]:
+    """Scores divided by their group's mean, so that layers of different scale can be compared."""
+    return {name: s / mean if (mean := float(np.mean(np.abs(s)))) else s for name, s in scores.items()}

@@ -1,0 +1,1 @@
+"""Axes: which indices of which tensors belong together, derived from one line of text per operator."""

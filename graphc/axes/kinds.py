@@ -1,0 +1,124 @@
+"""What a group is called, from the structure around it: one table, no architecture."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from graphc.axes.algebra import Axis, Kind, digits, find, leaves
+from graphc.axes.notation import Ellipsis_
+
+if TYPE_CHECKING:
+    from graphc.axes.apply import Application
+    from graphc.axes.trace import Trace
+
+TABLE: tuple[tuple[str, str], ...] = (
+    ("expert", "a top-k chooses along it, or chosen indices look it up"),
+    ("head", "a batch axis of a product of two activations (or a head axis of a fused attention), outside of digits"),
+    ("head_dim", "a digit inside a head, that two activations are multiplied along or that such a product carries"),
+    ("width", "a layer or RMS normalisation averages along it, or an embedding table produces it"),
+    ("channel", "a channel of a convolution"),
+    ("width", "two activations are added along it (a residual stream without convolutions)"),
+    ("rank", "between two matrix products with nothing but movement and scaling by scalars in between"),
+    ("neuron", "everything else"),
+)
+"""Kinds in the order in which they are tried, each with what defines it."""
+
+CONVOLUTIONS = frozenset(
+    "Conv ConvTranspose ConvInteger QLinearConv DeformConv FusedConv NhwcConv NhwcFusedConv".split()
+)
+FUSED = frozenset("Attention MultiHeadAttention GroupQueryAttention DecoderMaskedMultiHeadAttention".split())
+LINEAR = frozenset(
+    "MatMul Gemm Einsum FusedMatMul Conv Transpose Reshape Flatten Squeeze Unsqueeze Identity Cast Dropout "
+    "MatMulNBits MatMulInteger DequantizeLinear QuantizeLinear".split()
+)
+STREAM_NORMS = frozenset({"mean", "rms", "layer"})
+
+
+class Signals:
+    """What the nodes around a leaf say about its role."""
+
+    def __init__(self, trace: Trace, key: Callable[[Axis], Axis]) -> None:
+        self.trace, self.key = trace, key
+        self.of: dict[Axis, set[str]] = defaultdict(set)
+        for node, application in trace.bound.items():
+            self._node(node, application)
+        heads = {leaf for leaf, found in self.of.items() if "batch" in found}
+        for value in trace.order:
+            for axis in trace.axes[value] or ():
+                self._inside(axis, heads)
+
+    def kind(self, leaf: Axis, normalisers: Iterable[str]) -> str:
+        """The kind of a leaf whose units the given kinds of normalisers count."""
+        found = self.of.get(leaf, set())
+        if "chosen" in found:
+            return "expert"
+        if "fused head" in found or ("batch" in found and "outside" in found):
+            return "head"
+        if "fused dim" in found or ("multiplied" in found and "inside" in found):
+            return "head_dim"
+        if STREAM_NORMS & set(normalisers) or "embedded" in found:
+            return "width"
+        if "channel" in found:
+            return "channel"
+        if "added" in found:
+            return "width"
+        return "neuron" if "bent" in found else "rank"
+
+    def _add(self, signal: str, axes: Iterable[Axis]) -> None:
+        for axis in axes:
+            for leaf in leaves(axis):
+                self.of[self.key(leaf)].add(signal)
+
+    def _node(self, node: ir.Node, application: Application) -> None:
+        op, trace, names = node.op_type, self.trace, application.names
+        kept = set(application.names_in(application.rule.outputs))
+        if application.consumed:
+            looked_up = {p.indexes for p in application.rule.inputs if p.indexes}
+            self._add("chosen", (names[n] for n in looked_up if n in names))
+        if op in ("TopK", "MoE"):
+            self._add("chosen", [f.axis for f in trace.facts_of(node) if f.what == "^"])
+        if op in CONVOLUTIONS:
+            self._add("channel", (names[n] for n in ("g", "i", "o") if n in names))
+        if op in FUSED:
+            self._add("fused head", (names[n] for n in ("h", "r") if n in names))
+            self._add("fused dim", (names[n] for n in ("d", "v", "e") if n in names))
+        if op == "Gather" and not application.consumed:
+            data = node.inputs[0]
+            if data in trace.roots:
+                self._add("embedded", (axis for n, axis in names.items() if n in kept))
+        activations = [v for v in node.inputs if v is not None and v not in trace.roots and v not in trace.known]
+        summed = [n for n, used in application.operands.items() if n not in kept and len(used) > 1]
+        if summed and len(activations) == len([v for v in node.inputs if v is not None]) and op not in FUSED:
+            self._add("multiplied", (names[n] for n in names if n in summed))
+            for name, used in application.operands.items():
+                if name in kept and name in names:
+                    self._add("batch" if len(used) > 1 else "multiplied", [names[name]])
+            if any(isinstance(t, Ellipsis_) for t in application.rule.inputs[0].terms):
+                self._add("batch", application.batch)
+        if op == "Add" and len(activations) == 2:
+            self._add("added", trace.axes.get(node.outputs[0]) or ())
+        scaled = op in ("Mul", "Div") and any(v in trace.roots and not trace.axes[v] for v in node.inputs if v)
+        if op not in LINEAR and not scaled and not all(o in trace.roots for o in node.outputs):
+            for out in node.outputs:
+                self._add("bent", trace.axes.get(out) or ())
+
+    def _inside(self, axis: Axis, heads: set[Axis]) -> None:
+        node = find(axis)
+        if node.kind is Kind.SUM:
+            for part in node.parts:
+                self._inside(part, heads)
+        elif node.kind is Kind.PROD:
+            under = False
+            for digit in digits(node):
+                found = list(leaves(digit))
+                if under:
+                    for leaf in found:
+                        self.of[self.key(leaf)].add("inside")
+                if any(leaf in heads for leaf in found):
+                    under = True
+                    for leaf in found:
+                        self.of[self.key(leaf)].add("outside")

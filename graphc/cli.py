@@ -1,0 +1,313 @@
+"""The command line: argument parsing only; every command's work is a function of the library.
+
+Nothing heavy is imported before a command runs, so that ``--help`` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graphc import __version__
+from graphc.errors import ExitCode, GraphcError
+
+if TYPE_CHECKING:
+    from graphc.pipeline import Settings
+
+EPILOG = """\
+exit codes: 0 done, 1 a check or a gate failed, 2 bad input
+start here: graphc optimize model.onnx      what runs here: graphc doctor
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except GraphcError as error:
+        print(f"graphc: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("graphc: interrupted; nothing was written", file=sys.stderr)
+        return ExitCode.BAD_INPUT
+    except BrokenPipeError:
+        # The reader of our output went away (`graphc list | head`): not an error of ours.
+        sys.stderr.close()
+        return ExitCode.OK
+    except MemoryError:
+        print("graphc: error: out of memory\n  try:   close other programs, or use --no-verify", file=sys.stderr)
+        return ExitCode.BAD_INPUT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="graphc",
+        description="Make a trained neural network smaller and faster, prove what can be proved, measure the rest.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"graphc {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _optimize(commands)
+    _inspect(commands)
+    _verify(commands)
+    _bench(commands)
+    _list(commands)
+    _doctor(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[[Any], int], help: str, **more: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=help, description=help, formatter_class=argparse.RawDescriptionHelpFormatter, **more
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _optimize(commands: Any) -> None:
+    command = _command(
+        commands,
+        "optimize",
+        _run_optimize,
+        "Make a model smaller and faster and check that it still computes the same.",
+        epilog="examples:\n"
+        "  graphc optimize model.onnx\n"
+        "  graphc optimize model.onnx -o out.onnx -p 'simplify,fuse{only=conv-bn}' --why\n"
+        "  graphc optimize model.onnx -o artifact/ -r recipe.toml --data samples.npz --report report.html\n",
+    )
+    command.add_argument("model", type=Path, help="an .onnx file, or a folder with one")
+    out = command.add_argument_group("output")
+    out.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="FILE.onnx, or a FOLDER/ for the artifact (model.opt.onnx)",
+    )
+    out.add_argument("--report", type=Path, metavar="FILE", help="write the report (.json or .html)")
+    out.add_argument("--depfile", type=Path, metavar="FILE", help="write the files read, for make and ninja")
+    out.add_argument("--dry-run", action="store_true", help="do everything but write the output")
+    what = command.add_argument_group("what to do")
+    which = what.add_mutually_exclusive_group()
+    which.add_argument("-p", "--passes", metavar="TEXT", help="a recipe as text: 'simplify,fuse{only=conv-bn}'")
+    which.add_argument("-r", "--recipe", metavar="FILE", help="a recipe as a TOML file, or a shipped one's name")
+    which.add_argument("--preset", metavar="NAME", help="a shipped recipe; see 'graphc list recipes'")
+    what.add_argument("-t", "--target", default="onnxruntime", metavar="TARGET", help="a backend (onnxruntime)")
+    what.add_argument("--stop-after", metavar="PASS", help="stop after this pass; --resume goes on from the output")
+    what.add_argument("--resume", action="store_true", help="go on with a model written by --stop-after")
+    what.add_argument("--seed", type=int, default=0, help="seed of everything random (0)")
+    check = command.add_argument_group("checks and limits")
+    check.add_argument(
+        "--data", type=Path, metavar="PATH", help="inputs to check and measure on (.npz, folder of .npy)"
+    )
+    check.add_argument(
+        "--max-drop",
+        action="append",
+        default=[],
+        metavar="METRIC=VALUE",
+        help="what lossy passes may cost; repeatable",
+    )
+    check.add_argument("--max-size", metavar="SIZE", help="limit of the output: 10MB, 0.5x")
+    check.add_argument("--max-latency", metavar="TIME", help="limit of the latency: 5ms, 0.8x")
+    check.add_argument("--strict", action="store_true", help="fail if any pass had to be rolled back")
+    check.add_argument("--unchecked", action="store_true", help="run all passes even if nothing can be checked here")
+    check.add_argument("--no-verify", action="store_true", help="skip all checks")
+    check.add_argument("--no-measure", action="store_true", help="do not time input and output")
+    check.add_argument("--no-cache", action="store_true", help="neither read nor write the cache")
+    _verbosity(command)
+    command.add_argument("--why", action="store_true", help="list everything that did not apply, with its reason")
+
+
+def _inspect(commands: Any) -> None:
+    command = _command(commands, "inspect", _run_inspect, "Show what is in a model.")
+    command.add_argument("model", type=Path, help="an .onnx file or an artifact folder")
+    command.add_argument("--text", action="store_true", help="print the whole graph as text")
+    _json_flag(command)
+
+
+def _verify(commands: Any) -> None:
+    command = _command(commands, "verify", _run_verify, "Check that two models compute the same.")
+    command.add_argument("a", type=Path, help="the reference")
+    command.add_argument("b", type=Path, help="the model to check")
+    command.add_argument("--data", type=Path, metavar="PATH", help="inputs to compare on; made to fit if not given")
+    command.add_argument("--seed", type=int, default=0, help="seed of the inputs made (0)")
+    _json_flag(command)
+
+
+def _bench(commands: Any) -> None:
+    command = _command(commands, "bench", _run_bench, "Time models against each other, interleaved in one run.")
+    command.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="the first is the baseline")
+    command.add_argument("--data", type=Path, metavar="PATH", help="inputs to run; made to fit if not given")
+    command.add_argument("--seconds", type=float, default=5.0, help="time to spend, for all models together (5)")
+    command.add_argument("--threads", type=int, default=0, help="threads of the runtime (0: its default)")
+    command.add_argument("--provider", default="CPUExecutionProvider", help="execution provider")
+    _json_flag(command)
+
+
+def _list(commands: Any) -> None:
+    command = _command(commands, "list", _run_list, "Show passes, backends, recipes, or the documentation of one.")
+    command.add_argument("what", nargs="?", metavar="WHAT", help="passes, rules, backends, recipes, or a NAME")
+    _json_flag(command)
+
+
+def _doctor(commands: Any) -> None:
+    command = _command(commands, "doctor", _run_doctor, "Show what is installed, what runs where, what to install.")
+    _json_flag(command)
+
+
+def _json_flag(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print JSON for machines")
+
+
+def _verbosity(command: argparse.ArgumentParser) -> None:
+    _json_flag(command)
+    command.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    command.add_argument("-v", "--verbose", action="store_true", help="print every change of every pass")
+
+
+def _settings(a: Any) -> Settings:
+    from graphc.gate import Gate
+    from graphc.pipeline import Settings
+    from graphc.recipe import DEFAULT, Recipe, parse_backend
+
+    gates = [Gate.drop(text) for text in a.max_drop]
+    gates += [Gate.size(a.max_size)] if a.max_size else []
+    gates += [Gate.latency(a.max_latency)] if a.max_latency else []
+    return Settings(
+        recipe=Recipe.parse(a.passes) if a.passes is not None else Recipe.named(a.recipe or a.preset or DEFAULT),
+        recipe_given=bool(a.passes is not None or a.recipe or a.preset),
+        target=parse_backend(a.target),
+        data=a.data,
+        gates=tuple(gates),
+        seed=a.seed,
+        strict=a.strict,
+        unchecked=a.unchecked,
+        verify=not a.no_verify,
+        measure=not a.no_measure,
+        cache=not a.no_cache,
+        stop_after=a.stop_after or "",
+        resume=a.resume,
+        dry_run=a.dry_run,
+    )
+
+
+def _run_optimize(a: Any) -> int:
+    settings = _settings(a)
+    from graphc.pipeline import default_output, run
+    from graphc.views.progress import bar
+
+    output = a.output or default_output(a.model)
+    with bar(a.quiet or a.json) as progress:
+        report = run(
+            a.model,
+            output,
+            settings,
+            progress=progress,
+            report_file=a.report,
+            depfile=a.depfile,
+            inputs=[Path(a.recipe)] if a.recipe and Path(a.recipe).is_file() else [],
+        )
+    if a.json:
+        _print_json(report.to_json())
+    elif not a.quiet:
+        from graphc.views.terminal import show_report
+
+        show_report(report.to_json(), why=a.why, verbose=a.verbose)
+    return ExitCode.CHECK_FAILED if a.strict and not report.ok else ExitCode.OK
+
+
+def _run_inspect(a: Any) -> int:
+    if a.text:
+        from graphc.frontends import load
+        from graphc.model import text
+
+        print(text(load(a.model).original))
+        return ExitCode.OK
+    from graphc.inspection import inspect
+
+    found = inspect(a.model)
+    if a.json:
+        _print_json(found)
+    else:
+        from graphc.views.terminal import show_inspection
+
+        show_inspection(found)
+    return ExitCode.OK
+
+
+def _run_verify(a: Any) -> int:
+    from graphc.pipeline import verify
+    from graphc.views.progress import bar
+
+    with bar(a.json) as progress:
+        comparison = verify(a.a, a.b, data=a.data, seed=a.seed, progress=progress)
+    if a.json:
+        _print_json(comparison.to_json())
+    else:
+        from graphc.views.terminal import show_comparison
+
+        show_comparison(comparison.to_json(), str(a.a), str(a.b))
+    return ExitCode.OK if comparison.ok and comparison.checked else ExitCode.CHECK_FAILED
+
+
+def _run_bench(a: Any) -> int:
+    from graphc.measure import bench
+    from graphc.views.progress import bar
+
+    with bar(a.json) as progress:
+        found = bench(
+            a.models,
+            data=a.data,
+            seconds=a.seconds,
+            threads=a.threads,
+            provider=a.provider,
+            progress=progress,
+        )
+    if a.json:
+        _print_json(found)
+    else:
+        from graphc.views.terminal import show_bench
+
+        show_bench(found)
+    return ExitCode.OK
+
+
+def _run_list(a: Any) -> int:
+    from graphc.catalogue import catalogue, describe
+
+    found = catalogue() if a.what is None else describe(a.what)
+    if a.json:
+        _print_json(found)
+    else:
+        from graphc.views.terminal import show_catalogue
+
+        show_catalogue(found)
+    return ExitCode.OK
+
+
+def _run_doctor(a: Any) -> int:
+    from graphc.doctor import examine
+
+    found = examine()
+    if a.json:
+        _print_json(found)
+    else:
+        from graphc.views.terminal import show_doctor
+
+        show_doctor(found)
+    return ExitCode.OK
+
+
+def _print_json(document: Any) -> None:
+    import json
+
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""Sizes for the symbolic dimensions of a model's inputs."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from graphc.inputs import Input
+
+Sizes = dict[str, int]
+"""A size for every symbol."""
+
+Plan = Callable[[int], Sizes]
+"""Sizes by variant: 0 has ordinary ones, 1 has ones where it can, 2 has others again."""
+
+_MULTIPLES = (32, 64, 224, 256, 512, 8, 16, 128, 640, 1024, 1)
+"""What dimensions may have to be a multiple of, or at least as large as, the most likely first."""
+
+
+def symbols_in(dim: str) -> list[str]:
+    """The symbols of a dimension: itself, or the names in an expression such as ``past + 1``."""
+    if not re.search(r"[-+*/]", dim):
+        return [dim]
+    try:
+        tree = ast.parse(dim, mode="eval")
+    except SyntaxError:
+        return [dim]
+    allowed = (ast.Expression, ast.BinOp, ast.operator, ast.Name, ast.Load, ast.Constant)
+    if not all(isinstance(node, allowed) for node in ast.walk(tree)):
+        return [dim]
+    return [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
+
+
+def evaluate(dim: int | str, sizes: Mapping[str, int]) -> int:
+    """The size of a dimension: a number, a symbol, or an expression of sums, differences, products and quotients."""
+    if isinstance(dim, int):
+        return dim
+    if dim in sizes:
+        return sizes[dim]
+    return max(_value(ast.parse(dim, mode="eval").body, sizes), 0)
+
+
+def _value(node: ast.expr, sizes: Mapping[str, int]) -> int:
+    match node:
+        case ast.Constant(value=int(number)):
+            return number
+        case ast.Name(id=name):
+            return sizes[name]
+        case ast.BinOp(left=left, op=op, right=right):
+            a, b = _value(left, sizes), _value(right, sizes)
+            match op:
+                case ast.Add():
+                    return a + b
+                case ast.Sub():
+                    return a - b
+                case ast.Mult():
+                    return a * b
+            return a // max(b, 1)
+    raise ValueError(f"'{ast.unparse(node)}' is no size")
+
+
+@dataclass(frozen=True)
+class Symbols:
+    """The symbolic dimensions of the inputs, by what they seem to count.
+
+    Attributes:
+        batch: The batch: the first axis wherever it occurs.
+        spatial: Height, width, depth of pictures.
+        lengths: All others.
+        masks: Those of ``lengths`` that only masks have, such as the length of past and present together.
+        past: Those of ``lengths`` that count what a cache holds.
+    """
+
+    batch: tuple[str, ...]
+    spatial: tuple[str, ...]
+    lengths: tuple[str, ...]
+    masks: tuple[str, ...]
+    past: tuple[str, ...]
+
+    @staticmethod
+    def of(inputs: Sequence[Input]) -> Symbols:
+        """Sort the symbols of some inputs."""
+        places: dict[str, list[tuple[Input, int]]] = {}
+        for each in inputs:
+            for axis, dim in enumerate(each.dims):
+                for symbol in symbols_in(dim) if isinstance(dim, str) else ():
+                    places.setdefault(symbol, []).append((each, axis))
+        batch = {s for s, at in places.items() if _is_batch(s, at)}
+        spatial = {s for s, at in places.items() if s not in batch and all(_is_spatial(*p) for p in at)}
+        lengths = [s for s in places if s not in batch | spatial]
+        return Symbols(
+            batch=tuple(s for s in places if s in batch),
+            spatial=tuple(s for s in places if s in spatial),
+            lengths=tuple(lengths),
+            masks=tuple(s for s in lengths if all(_is_mask(*p) for p in places[s])),
+            past=tuple(s for s in lengths if re.search("past|cache", s, re.IGNORECASE)),
+        )
+
+    def plans(self) -> Iterator[Plan]:
+        """Ways to give sizes, the most likely first; a single empty one without symbols."""
+        if not (self.batch or self.spatial or self.lengths):
+            yield lambda variant: {}
+            return
+        if self.masks:
+            yield self._mask_covers_past
+        yield self._different
+        if len(self.lengths) > 1:
+            yield lambda variant: self._sizes(variant, lambda v, i: (8, 1, 12)[v], (64, 32, 96))
+        for of in _MULTIPLES:
+            yield self._multiple(of)
+
+    def steps(self, plan: Plan, variant: int) -> Iterator[Sizes]:
+        """A variant of a plan, then milder changes of its variant 0, for models that take not all sizes."""
+        base, wanted = plan(0), plan(variant)
+        yield wanted
+        for batch in (True, False):
+            changed = {s for s in base if (s in self.batch) == batch}
+            yield {s: wanted[s] if s in changed else n for s, n in base.items()}
+            yield {s: 2 * n if s in changed else n for s, n in base.items()}
+
+    def _sizes(self, variant: int, length: Callable[[int, int], int], picture: tuple[int, int, int]) -> Sizes:
+        return {
+            **dict.fromkeys(self.batch, (2, 1, 3)[variant]),
+            **{s: picture[variant] + (0 if variant == 1 else 32 * i) for i, s in enumerate(self.spatial)},
+            **{s: length(variant, i) for i, s in enumerate(self.lengths)},
+        }
+
+    def _different(self, variant: int) -> Sizes:
+        """Sizes that no two symbols share, so that no mix-up stays hidden."""
+        return self._sizes(variant, lambda v, i: (7 + 2 * i, 1, 12 + i)[v], (64, 32, 96))
+
+    def _mask_covers_past(self, variant: int) -> Sizes:
+        sizes = self._different(variant)
+        present = [s for s in self.lengths if s not in self.masks and s not in self.past]
+        total = sum(sizes[s] for s in (*self.past[:1], *present[:1]))
+        return sizes | dict.fromkeys(self.masks, total) if total else sizes
+
+    def _multiple(self, of: int) -> Plan:
+        return lambda variant: self._sizes(variant, lambda v, i: of * (1, 1, 2)[v], (of, of, 2 * of))
+
+
+def _is_batch(symbol: str, places: Sequence[tuple[Input, int]]) -> bool:
+    if "batch" in symbol.lower() or symbol in ("N", "n", "B", "b"):
+        return True
+    return all(axis == 0 for _, axis in places) and any(len(each.dims) > 1 for each, _ in places)
+
+
+def _is_spatial(each: Input, axis: int) -> bool:
+    """Whether an axis is one of a picture or a volume, in either layout."""
+    rank = len(each.dims)
+    if rank not in (4, 5) or axis == 0 or not each.plain:
+        return False
+    return (axis > 1 and isinstance(each.dims[1], int)) or (axis < rank - 1 and each.dims[-1] in (1, 3, 4))
+
+
+def _is_mask(each: Input, axis: int) -> bool:
+    return axis > 0 and not each.index and (each.mask or "mask" in each.name.lower())

@@ -1,0 +1,66 @@
+"""What is installed, what runs where, and what to install for the rest."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from graphc.errors import GraphcError
+
+PURPOSE = {
+    "graphc": "this compiler",
+    "onnx": "schemas and opset conversion",
+    "onnx-ir": "the graph in memory",
+    "numpy": "tensors",
+    "onnxruntime": "checks and measures; pip install 'graphc[cpu]'",
+    "onnxruntime-gpu": "the same with CUDA; pip install 'graphc[gpu]'",
+    "torch": "PyTorch models; pip install 'graphc[torch]'",
+    "onnxscript": "export of PyTorch models; pip install 'graphc[torch]'",
+    "transformers": "Hugging Face folders; pip install 'graphc[hf]'",
+    "apache-tvm": "TVM artifacts; pip install 'graphc[tvm]'",
+}
+"""What each package is for, in the order shown."""
+
+
+def examine() -> dict[str, Any]:
+    """Everything ``graphc doctor`` shows, as plain data."""
+    packages = [{"name": n, "version": _version(n), "purpose": purpose} for n, purpose in PURPOSE.items()]
+    providers: list[dict[str, Any]] = []
+    limits: dict[str, int] = {}
+    advice = []
+    try:
+        from graphc import runtime
+
+        runtime.require()
+        found = runtime.capabilities()
+        limits = {"ir": found.max_ir, "opset": found.max_opset[""]}
+        providers = _providers(found.providers)
+    except GraphcError as error:
+        advice.append(f"{error.hint} ({error.what})")
+    return {
+        "schema": "graphc-doctor/1",
+        "packages": packages,
+        "providers": providers,
+        "limits": limits,
+        "advice": advice,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _providers(started: tuple[str, ...]) -> list[dict[str, Any]]:
+    import onnxruntime
+
+    return [
+        {
+            "name": name,
+            "runs": name in started,
+            "why": "" if name in started else "offered by the wheel, but its libraries or its device are missing",
+        }
+        for name in onnxruntime.get_available_providers()
+    ]

@@ -1,0 +1,123 @@
+"""What ``graphc optimize`` and ``graphc bench`` time: models against each other, in one interleaved run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from graphc import inputs, runtime, timing
+from graphc.contract import Arrays, Runnable, no_progress
+from graphc.errors import BadInput
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+QUICK = 1.0
+"""Seconds that ``graphc optimize`` spends on timing, warm-up excluded."""
+
+SLOWEST = 3.0
+"""Seconds of one run from which ``graphc optimize`` does not time."""
+
+
+def sample(model: ir.Model, seed: int = 0) -> Arrays:
+    """Inputs with which a model runs.
+
+    Raises:
+        BadInput: None could be made; the message says why.
+    """
+    session = runtime.session(model, optimise=False, frugal=True)
+    complaint = ""
+
+    def accepts(arrays: Arrays) -> bool:
+        nonlocal complaint
+        try:
+            session.run(arrays)
+        except runtime.CannotRun as error:
+            complaint = complaint or error.why
+            return False
+        return True
+
+    try:
+        cases = inputs.generate(model, seed=seed, accepts=accepts)
+    finally:
+        session.close()
+    if not cases:
+        raise BadInput("no inputs were found with which the model runs", why=complaint, hint="give some with --data")
+    return cases[0].arrays
+
+
+def against(original: ir.Model, output: Runnable, arrays: Arrays) -> dict[str, Any] | None:
+    """Time the input model, as the runtime runs it by default, against what was emitted.
+
+    Returns:
+        ``{input, output: {median, low, high}, ratio, ratio_low, ratio_high, rounds}`` in seconds, the ratio output over
+        input; None where the input model does not run or a run takes too long to repeat.
+    """
+    start = perf_counter()
+    output.run(arrays)
+    if perf_counter() - start > SLOWEST:
+        return None
+    try:
+        before = runtime.session(original, optimise=True)
+        found = timing.measure({"input": before, "output": output}, arrays, seconds=QUICK)
+    except BadInput:
+        return None
+    after = found["output"]
+    return {
+        **{label: {k: getattr(found[label], k) for k in ("median", "low", "high")} for label in found},
+        **{k: getattr(after, k) for k in ("ratio", "ratio_low", "ratio_high", "rounds", "provider")},
+    }
+
+
+def bench(
+    models: Sequence[Path],
+    *,
+    data: Path | None = None,
+    seconds: float = 5.0,
+    threads: int = 0,
+    provider: str = runtime.CPU,
+    progress: Callable[[str, int, int], None] = no_progress,
+) -> dict[str, Any]:
+    """Time models against the first one, interleaved, and measure the peak memory of each in a process of its own.
+
+    Args:
+        models: ``.onnx`` files or artifact folders that take the same inputs.
+        data: Inputs to run, see ``graphc.data``; the first sample is used. Made to fit when not given.
+        seconds: The time to spend on all of them together, after a warm-up.
+        threads: Threads within an operator; 0 lets the runtime choose.
+        provider: The execution provider.
+        progress: ``progress(what, done, total)``.
+
+    Raises:
+        BadInput: A model does not load, or does not run with the inputs.
+    """
+    from graphc import frontends
+    from graphc.data import load
+
+    progress("loading", 0, len(models))
+    first = frontends.load(models[0]).original
+    arrays = load(data, first)[0] if data is not None else sample(first)
+    sources = [frontends.load(path).files[0] for path in models]
+    labels = [f"{i}:{path}" for i, path in enumerate(models)]
+    runnables: dict[str, Runnable] = {}
+    for label, path in zip(labels, sources, strict=True):
+        runnables[label] = runtime.session(path, optimise=True, provider=provider, threads=threads)
+    progress("timing", 0, 0)
+    times = timing.measure(runnables, arrays, seconds=seconds)
+    rows = []
+    for i, (label, path) in enumerate(zip(labels, sources, strict=True)):
+        progress("measuring memory", i, len(models))
+        memory = timing.peak_memory(path, arrays, provider=provider, threads=threads)
+        rows.append(
+            {"model": str(models[i]), **asdict(times[label]), "memory": memory.peak, "anonymous": memory.anonymous}
+        )
+    return {
+        "schema": "graphc-bench/1",
+        "models": rows,
+        "rounds": rows[0]["rounds"],
+        "input": ", ".join(f"{name} {list(a.shape)}" for name, a in arrays.items()),
+        "threads": threads,
+    }

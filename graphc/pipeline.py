@@ -1,0 +1,340 @@
+"""``graphc optimize``: load, run a recipe, emit, reload, report. Nothing is written before everything has held."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graphc import __version__
+from graphc.contract import Arrays, Backend, Context, Pass, no_progress
+from graphc.errors import BadInput, CheckFailed, nearest
+from graphc.gate import Gate, Judge
+from graphc.recipe import DEFAULT, Recipe, parse_backend
+from graphc.report import PassReport, Report
+from graphc.runner import Done, Runner, Step
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from graphc.frontends import Source
+    from graphc.checking import Checker, Comparison
+
+RESUME = "graphc.resume"
+"""Metadata key of a model that ``--stop-after`` wrote: what is left to do, and what was done."""
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that holds for a whole run; the flags of ``graphc optimize``."""
+
+    recipe: Recipe
+    target: Backend
+    recipe_given: bool = True
+    data: Path | None = None
+    gates: tuple[Gate, ...] = ()
+    seed: int = 0
+    strict: bool = False
+    unchecked: bool = False
+    verify: bool = True
+    measure: bool = True
+    cache: bool = True
+    stop_after: str = ""
+    resume: bool = False
+    dry_run: bool = False
+
+
+def optimize(
+    source: str | Path,
+    output: str | Path | None = None,
+    *,
+    recipe: Recipe | str | Sequence[Pass] | None = None,
+    target: Backend | str = "onnxruntime",
+    data: str | Path | None = None,
+    max_drop: Mapping[str, float] | None = None,
+    max_size: str | None = None,
+    max_latency: str | None = None,
+    progress: Progress = no_progress,
+    **settings: Any,
+) -> Report:
+    """Make a model smaller and faster; what ``graphc optimize`` does.
+
+    Args:
+        source: An ``.onnx`` file, or a folder with one.
+        output: ``.onnx`` file or artifact folder to write; None writes nothing (the result is ``report.model``).
+        recipe: A recipe, its text, a list of passes, or None for every exact portable pass.
+        target: A backend or its text.
+        data: Inputs to check and measure on, see ``graphc.data``.
+        max_drop: Metric name to the largest value that lossy passes may cost, e.g. ``{"error": 0.01}``.
+        max_size: Limit of the output, e.g. ``"10MB"`` or ``"0.5x"``.
+        max_latency: Limit of the latency, e.g. ``"5ms"`` or ``"0.8x"``.
+        progress: Called as ``progress(what, done, total)``.
+        **settings: Further fields of ``Settings``.
+
+    Raises:
+        BadInput: The model, the recipe or an option cannot be used.
+        CheckFailed: A gate did not hold, or ``strict`` was given and a pass was rolled back.
+    """
+    gates = [Gate.drop(f"{name}={limit}") for name, limit in (max_drop or {}).items()]
+    gates += [Gate.size(max_size)] if max_size else []
+    gates += [Gate.latency(max_latency)] if max_latency else []
+    if recipe is None or isinstance(recipe, Recipe):
+        chosen = recipe or Recipe.named(DEFAULT)
+    else:
+        chosen = Recipe.parse(recipe) if isinstance(recipe, str) else Recipe(tuple(recipe))
+    return run(
+        Path(source),
+        None if output is None else Path(output),
+        Settings(
+            recipe=chosen,
+            recipe_given=recipe is not None,
+            target=parse_backend(target) if isinstance(target, str) else target,
+            data=None if data is None else Path(data),
+            gates=tuple(gates),
+            **settings,
+        ),
+        progress=progress,
+    )
+
+
+def verify(
+    reference: str | Path,
+    candidate: str | Path,
+    *,
+    data: str | Path | None = None,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> Comparison:
+    """Check that two models compute the same, up to the rounding of their dtypes; what ``graphc verify`` does.
+
+    Args:
+        reference: The model that is right: an ``.onnx`` file or an artifact folder.
+        candidate: The model to check.
+        data: Inputs to compare on, see ``graphc.data``; made to fit when not given.
+        seed: Of the inputs made.
+        progress: Called as ``progress(what, done, total)``.
+
+    Raises:
+        BadInput: A model or the data cannot be read.
+    """
+    from graphc import data as samples
+    from graphc import frontends
+    from graphc.checking import Checker
+
+    a, b = frontends.load(Path(reference)), frontends.load(Path(candidate))
+    given = samples.load(Path(data), a.original) if data is not None else ()
+    return Checker(a.original, data=given, seed=seed, progress=progress).compare(b.original)
+
+
+def default_output(source: Path) -> Path:
+    """``model.opt.onnx`` beside ``model.onnx``; ``folder.opt.onnx`` beside a folder."""
+    return source.with_name(f"{source.stem if source.suffix == '.onnx' else source.name}.opt.onnx")
+
+
+def run(
+    source: Path,
+    output: Path | None,
+    settings: Settings,
+    *,
+    progress: Progress = no_progress,
+    report_file: Path | None = None,
+    depfile: Path | None = None,
+    inputs: Sequence[Path] = (),
+) -> Report:
+    """What ``optimize`` does, on parsed settings.
+
+    Args:
+        source: An ``.onnx`` file, or a folder with one.
+        output: ``.onnx`` file or artifact folder; None writes nothing.
+        settings: The flags.
+        progress: Called as ``progress(what, done, total)``.
+        report_file: Where to write the report: ``.json`` or ``.html``.
+        depfile: Where to write the dependencies of ``output``, as make and ninja read them.
+        inputs: Further files that the output depends on (the recipe).
+    """
+    from graphc import artifact, frontends
+
+    if output is not None:
+        artifact.check_output(source, output)
+    progress("loading", 0, 0)
+    loaded = frontends.load(source)
+    samples: Sequence[Arrays] = ()
+    if settings.data is not None:
+        from graphc import data
+
+        samples = data.load(settings.data, loaded.model)
+    work = _Work(loaded, settings, progress, samples)
+    recipe, done = _resumed(loaded, settings)
+    now, later = _until(recipe, settings.stop_after)
+    done = work.run(now, done)
+    report = Report(
+        input=artifact.describe(loaded.original, loaded.files),
+        target=settings.target.spec(),
+        recipe=recipe.text(),
+        passes=done.passes,
+        rewrite=done.rewrite,
+        approximation=done.approximation,
+        warnings=done.warnings,
+        model=done.model,
+    )
+    if settings.strict and not report.ok:
+        failed = next(p for p in done.passes if p.error)
+        raise CheckFailed(
+            "a pass had to be rolled back (--strict)",
+            where=failed.options,
+            why=failed.error,
+            hint="run without --strict to get the output without it",
+        )
+    if later:
+        state = {"recipe": Recipe(later).text(), "done": done.to_json()}
+        done.model.metadata_props[RESUME] = json.dumps(state, sort_keys=True)
+    files = [*loaded.files, *inputs, *([settings.data] if settings.data else [])]
+    artifact.place(report, output, loaded, settings, work.samples, progress)
+    if depfile is not None and output is not None and not settings.dry_run:
+        artifact.write_depfile(depfile, output, files)
+    if report_file is not None:
+        report.write(report_file)
+    return report
+
+
+@dataclass
+class _Work:
+    """One run: what its checks and passes are made from."""
+
+    loaded: Source
+    settings: Settings
+    progress: Progress
+    samples: Sequence[Arrays]
+
+    @cached_property
+    def judge(self) -> Judge:
+        """Measures lossy passes against the model as it came."""
+        return Judge(self.loaded.original, self.samples, self.settings.seed, self.progress)
+
+    def checker(self, reference: ir.Model) -> Checker:
+        from graphc.checking import Checker, Comparison
+
+        return Checker(reference, data=self.samples, seed=self.settings.seed, progress=self.progress)
+
+    def run(self, passes: Sequence[Pass], done: Done | None) -> Done:
+        """Run passes on the loaded model, or on what was resumed; what is in the cache is not done again."""
+        settings = self.settings
+        context = Context(settings.target.capabilities(), seed=settings.seed, data=self.samples, progress=self.progress)
+        store, name = self._cache(passes, done, context)
+        if store is not None and (entry := store.get(name)) is not None:
+            return _recall(entry)
+        runner = Runner(
+            done or Done(self.loaded.original),
+            checker=self.checker if settings.verify else None,
+            judge=lambda: self.judge,
+            gates=settings.gates,
+            context=context,
+            unchecked=settings.unchecked or not settings.verify,
+        )
+        runner.run(passes, load=None if done else self._load)
+        if store is not None:
+            store.put(name, lambda folder: _remember(folder, runner.done))
+        return runner.done
+
+    def _load(self, original: ir.Model) -> Step:
+        """What the frontend changed, as the first step of the run."""
+        result = self.loaded.result
+        report = PassReport("load", "load", "exact", result.changes, result.refusals)
+        return Step(report, self.loaded.model)
+
+    def _cache(self, passes: Sequence[Pass], done: Done | None, context: Context) -> tuple[Any, str]:
+        """The store and the name of this work in it; no store where keeping the result would not pay."""
+        from graphc import cache
+        from graphc.model import nbytes
+
+        store = cache.Store()
+        if not self.settings.cache or nbytes(self.loaded.model) > store.limit // 8:
+            return None, ""
+        hashed = [*self.loaded.files, *self._data_files()]
+        return store, cache.key(
+            files=[cache.file_hash(path) for path in hashed],
+            recipe=Recipe(tuple(passes)).text(),
+            done=done.to_json() if done else None,
+            target=self.settings.target.spec(),
+            capabilities=[
+                context.target.max_ir,
+                dict(context.target.max_opset),
+                sorted(context.target.kernels),
+            ],
+            gates=[str(gate) for gate in self.settings.gates],
+            settings=[self.settings.seed, self.settings.verify, self.settings.unchecked],
+            versions=versions(),
+            code=cache.code_hash(),
+        )
+
+    def _data_files(self) -> list[Path]:
+        path = self.settings.data
+        if path is None:
+            return []
+        return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change what is emitted."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"graphc": __version__}
+    for package in ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _remember(folder: Path, done: Done) -> None:
+    from graphc.model import save
+
+    save(done.model, folder / "model.onnx")
+    (folder / "done.json").write_text(json.dumps(done.to_json()), encoding="utf-8")
+
+
+def _recall(entry: Path) -> Done:
+    from graphc.model import load
+
+    return Done.from_json(load(entry / "model.onnx"), json.loads((entry / "done.json").read_text(encoding="utf-8")))
+
+
+def _resumed(loaded: Source, settings: Settings) -> tuple[Recipe, Done | None]:
+    """The recipe to run, and what is done already if the model was written by ``--stop-after``."""
+    kept = loaded.model.metadata_props.get(RESUME)
+    if not settings.resume:
+        return settings.recipe, None
+    if kept is None:
+        raise BadInput(
+            "there is nothing to resume",
+            where=str(loaded.path),
+            why="the model was not written by --stop-after",
+            hint="run it without --resume",
+        )
+    state = json.loads(kept)
+    recipe = Recipe.parse(state["recipe"])
+    if settings.recipe_given and settings.recipe.text() != recipe.text():
+        raise BadInput(
+            "the recipe differs from the one that was stopped",
+            why=f"left to do: {recipe.text()}",
+            hint="leave the recipe out to go on with that",
+        )
+    del loaded.model.metadata_props[RESUME]
+    return recipe, Done.from_json(loaded.model, state["done"])
+
+
+def _until(recipe: Recipe, last: str) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
+    """Split the passes after the first one named ``last``; empty means all now."""
+    if not last:
+        return recipe.passes, ()
+    names = [each.name for each in recipe.passes]
+    if last not in names:
+        raise BadInput(f"the recipe has no pass '{last}' to stop after", hint=nearest(last, names))
+    end = names.index(last) + 1
+    return recipe.passes[:end], recipe.passes[end:]

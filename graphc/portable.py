@@ -1,0 +1,124 @@
+"""The form in which a model is written: versions that the target loads, nothing about where it was made."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+import onnx
+import onnx_ir as ir
+
+from graphc import edit
+from graphc.contract import Capabilities
+from graphc.errors import BadInput
+
+WORKING_OPSET = 21
+"""The opset that frontends bring models to, and the lowest one that is written."""
+
+_IR_VERSION = 10
+"""The IR version that is written, unless a dtype needs a higher one."""
+
+_IR_OF_DTYPE = {
+    ir.DataType.FLOAT4E2M1: 11,
+    ir.DataType.FLOAT8E8M0: 12,
+    ir.DataType.INT2: 13,
+    ir.DataType.UINT2: 13,
+}
+"""The IR version that introduced a dtype (``onnx.proto``)."""
+
+_TRACES = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.original_node_stack_trace")
+_SOURCE_LINE = re.compile(r'File ".*", line \d+|\.py:\d+')
+"""How a stack trace, and TorchScript's doc strings, name a file."""
+
+
+def portable(model: ir.Model, target: Capabilities) -> ir.Model:
+    """A copy of a model as it is written for a target; weights are shared.
+
+    IR version 10, or what its dtypes need; the lowest opset from 21 on in which its operators mean the same;
+    no unused opset imports; no stack traces.
+
+    Raises:
+        BadInput: The model needs a newer opset or IR version than the target loads; the node is named.
+    """
+    copy = model.clone()
+    _strip_traces(copy)
+    copy.graph.name = copy.graph.name or "graph"
+    lower_opset(copy)
+    _drop_unused_imports(copy)
+    copy.ir_version = _ir_version(copy)
+    if copy.ir_version > target.max_ir:
+        raise BadInput(
+            f"the model needs IR version {copy.ir_version}; {target.name} loads up to {target.max_ir}",
+            hint=f"install a newer {target.name}",
+        )
+    for domain, version in copy.opset_imports.items():
+        limit = target.max_opset.get(domain, version)
+        if version > limit:
+            node = next((n for n in edit.nodes(copy) if since(n, version) > limit), None)
+            raise BadInput(
+                f"the model needs {domain or 'ai.onnx'} opset {version}; {target.name} loads up to {limit}",
+                where=f"node '{node.name}' ({node.op_type})" if node else "",
+                hint=f"install a newer {target.name}, or export the model with opset {limit}",
+            )
+    return copy
+
+
+def lower_opset(model: ir.Model, floor: int = WORKING_OPSET) -> int:
+    """Import the lowest version of the standard operators from ``floor`` on that means the same to all nodes.
+
+    An operator means the same in two versions if its definition did not change between them. A model below
+    ``floor``, or with an operator that is unknown, stays as it is.
+
+    Returns:
+        The version that is imported now.
+    """
+    now = model.opset_imports.get("", 1)
+    bodies = [f for f in model.functions.values() if "" in f.opset_imports]
+    if now <= floor or any(f.opset_imports[""] != now for f in bodies):
+        return now
+    lowest = max((since(n, now) for n in edit.nodes(model)), default=floor)
+    version = max(floor, min(lowest, now))
+    model.opset_imports[""] = version
+    for function in bodies:
+        function.opset_imports[""] = version
+    return version
+
+
+def since(node: ir.Node, version: int) -> int:
+    """The opset that defined a standard operator as ``version`` has it; ``version`` itself if it is unknown."""
+    return _since(node.op_type, version) if node.domain in ("", "ai.onnx") else 0
+
+
+@cache
+def _since(operator: str, version: int) -> int:
+    try:
+        return int(onnx.defs.get_schema(operator, version).since_version)
+    except onnx.defs.SchemaError:
+        return version
+
+
+def _strip_traces(model: ir.Model) -> None:
+    for node in edit.nodes(model):
+        for key in _TRACES:
+            node.metadata_props.pop(key, None)
+        if node.doc_string and _SOURCE_LINE.search(node.doc_string):
+            node.doc_string = None
+
+
+def _drop_unused_imports(model: ir.Model) -> None:
+    """Drop imports of domains that nothing is of: a runtime may know only older versions of them."""
+    used = {"" if n.domain == "ai.onnx" else n.domain for n in edit.nodes(model)}
+    used |= {"", *(f.domain for f in model.functions.values())}
+    for imports in (model.opset_imports, *(f.opset_imports for f in model.functions.values())):
+        for domain in set(imports) - used - {"ai.onnx"}:
+            del imports[domain]
+
+
+def _ir_version(model: ir.Model) -> int:
+    from graphc.model import constants
+
+    dtypes = {tensor.dtype for tensor in constants(model)}
+    for graph in edit.graphs(model):
+        dtypes.update(v.dtype for v in graph.inputs if v.dtype is not None)
+        dtypes.update(v.dtype for node in graph for v in node.outputs if v.dtype is not None)
+    return max([_IR_VERSION, *(_IR_OF_DTYPE.get(dtype, 0) for dtype in dtypes)])

@@ -1,0 +1,693 @@
+"""Facts of the operators that move elements about or compute with sizes: layout, indexing, elementwise arithmetic.
+
+These rules also follow the *contents* of small integer tensors, which is how a reshape's target becomes known.
+Semantics are those of the ONNX operator specification.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from graphc import edit, symbolic
+from graphc.edit import attribute
+from graphc.shapes import (
+    INTEGERS,
+    MAX_ITEMS,
+    UNKNOWN,
+    Fact,
+    Facts,
+    Items,
+    Rule,
+    Shape,
+    items_array,
+    number,
+    with_items,
+)
+from graphc.symbolic import Dim
+
+Facts_ = Sequence[Fact]
+
+RULES: dict[str, Rule] = {}
+
+
+def _rule(*operators: str) -> Callable[[Rule], Rule]:
+    def add(rule: Rule) -> Rule:
+        RULES.update(dict.fromkeys(operators, rule))
+        return rule
+
+    return add
+
+
+def broadcast_shapes(*shapes: Shape) -> Shape:
+    """Multidirectional broadcasting of shapes."""
+    rank = max(map(len, shapes))
+    result: list[Dim] = [1] * rank
+    for shape in shapes:
+        for i, dim in enumerate(shape, rank - len(shape)):
+            result[i] = symbolic.broadcast(result[i], dim)
+    return tuple(result)
+
+
+def axes_of(node: ir.Node, inputs: Facts_, index: int, rank: int) -> tuple[int, ...] | None:
+    """The axes an operator works on, from input ``index`` (newer opsets) or its attribute, made non-negative.
+
+    Returns:
+        An empty tuple where they are absent; None where they are not known or out of range.
+    """
+    axes: Sequence[int] | None
+    if len(node.inputs) > index and node.inputs[index] is not None:
+        axes = inputs[index].known
+    else:
+        axes = attribute(node, "axes") or ()
+    if axes is None or any(not -rank <= axis < rank for axis in axes):
+        return None
+    return tuple(axis % rank for axis in axes)
+
+
+@_rule("Identity")
+def _identity(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
+    return [inputs[0]]
+
+
+@_rule("Constant")
+def _constant(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
+    held = edit.tensor(node.outputs[0])
+    if held is None:
+        return None
+    known = facts.array(node.outputs[0])
+    fact = Fact(held.dtype, tuple(held.shape.numpy()))
+    if known is not None and held.dtype in INTEGERS and known.size <= MAX_ITEMS:
+        fact = replace(fact, items=tuple(int(x) for x in known.reshape(-1).tolist()))
+    return [fact]
+
+
+# Elementwise arithmetic ------------------------------------------------------------------------------------------
+
+Combine = Callable[[Dim, Dim], "Dim | None"]
+
+
+def _compare(certain: Callable[[Dim], bool | None]) -> Combine:
+    def combine(a: Dim, b: Dim) -> Dim | None:
+        verdict = certain(symbolic.sub(a, b))
+        return None if verdict is None else int(verdict)
+
+    return combine
+
+
+def _is_zero(difference: Dim) -> bool | None:
+    if isinstance(difference, int):
+        return difference == 0
+    return False if symbolic.unequal(difference, 0) else None
+
+
+def _is_positive(difference: Dim) -> bool | None:
+    if symbolic.positive(difference):
+        return True
+    return False if symbolic.nonnegative(symbolic.mul(difference, -1)) else None
+
+
+def _negated(of: Callable[[Dim], bool | None], sign: int = -1) -> Callable[[Dim], bool | None]:
+    def verdict(difference: Dim) -> bool | None:
+        found = of(symbolic.mul(difference, sign))
+        return None if found is None else not found
+
+    return verdict
+
+
+_COMPARE: dict[str, Combine] = {
+    "Equal": _compare(_is_zero),
+    "Greater": _compare(_is_positive),
+    "Less": _compare(lambda d: _is_positive(symbolic.mul(d, -1))),
+    "GreaterOrEqual": _compare(_negated(_is_positive)),
+    "LessOrEqual": _compare(_negated(_is_positive, 1)),
+}
+_LOGIC: dict[str, Combine] = {
+    "And": lambda a, b: a if b == 1 else b if a == 1 else 0 if 0 in (a, b) else None,
+    "Or": lambda a, b: a if b == 0 else b if a == 0 else 1 if 1 in (a, b) else None,
+    "Xor": lambda a, b: a ^ b if isinstance(a, int) and isinstance(b, int) else None,
+}
+_ARITHMETIC: dict[str, Combine] = {
+    "Add": symbolic.add,
+    "Sub": symbolic.sub,
+    "Mul": symbolic.mul,
+    "Div": symbolic.truncdiv,
+    "Max": symbolic.maximum,
+    "Min": symbolic.minimum,
+    "Sum": symbolic.add,
+}
+_ABSORBING = {"Mul": 0, "And": 0, "Or": 1}
+
+
+def _elementwise(combine: Combine, dtype: ir.DataType | None, absorbing: int | None, inputs: Facts_) -> Items | None:
+    arrays = [items_array(fact) for fact in inputs]
+    if any(array is None for array in arrays):
+        return None
+
+    def step(a: Any, b: Any) -> Dim | None:
+        if absorbing is not None and absorbing in (a, b):
+            return absorbing
+        result = None if a is None or b is None else combine(a, b)
+        return None if result is None else number(result, dtype)
+
+    total = arrays[0]
+    for array in arrays[1:]:
+        assert total is not None and array is not None
+        total, array = np.broadcast_arrays(total, array)
+        if total.size > MAX_ITEMS:
+            return None
+        merged = np.empty(total.shape, dtype=object)
+        merged.reshape(-1)[:] = [step(a, b) for a, b in zip(total.flat, array.flat, strict=True)]
+        total = merged
+    assert total is not None
+    return tuple(total.reshape(-1).tolist())
+
+
+@_rule(
+    "Add", "Sub", "Mul", "Div", "Max", "Min", "Sum", "Mean", "Mod", "Pow", "And", "Or", "Xor", "Equal", "Greater",
+    "Less", "GreaterOrEqual", "LessOrEqual", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor",
+)  # fmt: skip
+def _broadcasting(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
+    operator = node.op_type
+    boolean = operator in _COMPARE or operator in _LOGIC
+    dtype = ir.DataType.BOOL if boolean else inputs[0].dtype
+    if any(fact.shape is None for fact in inputs) or not inputs:
+        return [Fact(dtype)]
+    shape = broadcast_shapes(*(fact.shape for fact in inputs if fact.shape is not None))
+    if any(fact.items is None for fact in inputs) or inputs[0].dtype not in INTEGERS:
+        return [Fact(dtype, shape)]
+    combine = _COMPARE.get(operator) or _LOGIC.get(operator) or _ARITHMETIC.get(operator)
+    if operator == "Mod" and not attribute(node, "fmod", 0):
+        # Integer Mod has the sign of the divisor, as in Python.
+        combine = lambda a, b: symbolic.mod(a, b, truncated=False)  # noqa: E731
+    if combine is None or (operator in _COMPARE and inputs[0].dtype == ir.DataType.BOOL):
+        return [Fact(dtype, shape)]
+    return [Fact(dtype, shape, _elementwise(combine, dtype, _ABSORBING.get(operator), inputs))]
+
+
+@_rule("Neg", "Abs", "Not", "Sign")
+def _unary(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
+    x = inputs[0]
+    if x.items is None:
+        return [Fact(x.dtype, x.shape)]
+
+    def step(item: Dim | None) -> Dim | None:
+        if item is None:
+            return None
+        match node.op_type:
+            case "Neg":
+                return number(symbolic.mul(item, -1), x.dtype)
+            case "Not":
+                return 1 - item if isinstance(item, int) else None
+            case "Abs":
+                return item if symbolic.nonnegative(item) else abs(item) if isinstance(item, int) else None
+        return (item > 0) - (item < 0) if isinstance(item, int) else 1 if symbolic.positive(item) else None
+
+    return [Fact(x.dtype, x.shape, tuple(map(step, x.items)))]
+
+
+@_rule("Where")
+def _where(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
+    condition, a, b = inputs[:3]
+    if condition.shape is None or a.shape is None or b.shape is None:
+        return [Fact(a.dtype)]
+    fact = Fact(a.dtype, broadcast_shapes(condition.shape, a.shape, b.shape))
+    arrays = [items_array(x) for x in (condition, a, b)]
+    if any(x is None for x in arrays):
+        return [fact]
+    tests, chosen, other = np.broadcast_arrays(*(x for x in arrays if x is not None))
+    picked = np.empty(tests.shape, dtype=object)
+    picked.reshape(-1)[:] = [
+        (x if test else y) if isinstance(test, int) else x if x == y else None
+        for test, x, y in zip(tests.flat, chosen.flat, other.flat, strict=True)
+    ]
+    return [with_items(fact, picked)]
+
+
+@_rule("Cast", "CastLike")
+def _cast(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
+    x = inputs[0]
+    dtype = ir.DataType(attribute(node, "to")) if node.op_type == "Cast" else inputs[1].dtype
+    if dtype is None:
+        return None
+    if x.items is None or dtype not in INTEGERS or x.dtype not in INTEGERS:
+        return [Fact(dtype, x.shape)]
+
+    def step(item: Dim | None) -> Dim | None:
+        if dtype != ir.DataType.BOOL or item is None:
+            return None if item is None else number(item, dtype)
+        return int(item != 0) if isinstance(item, int) else 1 if symbolic.positive(item) else None
+
+    return [Fact(dtype, x.shape, tuple(map(step, x.items)))]
+
+
+# Sizes -----------------------------------------------------------------------------------------------------------
+
+
+@_rule("Shape")
+def _shape(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
+    shape = inputs[0].shape
+    if shape is None:
+        return [Fact(ir.DataType.INT64, facts.freshen(1))]
+    rank = len(shape)
+    start, end = attribute(node, "start", 0), attribute(node, "end", rank)
+    start, end = (min(max(at + rank if at < 0 else at, 0), rank) for at in (start, end))
+    dims = shape[start : max(start, end)]
+    return [Fact(ir.DataType.INT64, (len(dims),), dims)]
+
+
+@_rule("Size")
+def _size(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
+    shape = inputs[0].shape
+    return [Fact(ir.DataType.INT64, (), None if shape is None else (symbolic.product(shape),))]
+
+
+@_rule("ConstantOfShape")
+def _constant_of_shape(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
+    value = attribute(node, "value")
+    dtype = ir.DataType.FLOAT if value is None else value.dtype
+    shape = _dims_from(inputs[0], facts)
+    fact = Fact(dtype, shape)
+    size = math.prod(fact.static) if fact.static is not None else MAX_ITEMS + 1
+    if dtype in INTEGERS and size <= MAX_ITEMS:
+        fact = replace(fact, items=(0 if value is None else int(value.numpy().reshape(-1)[0]),) * size)
+    return [fact]
+
+
+def _dims_from(target: Fact, facts: Facts) -> Shape | None:
+    """The shape that a tensor of sizes describes."""
+    if target.items is not None:
+        return tuple(facts.fresh() if item is None else item for item in target.items)
+    if target.shape is not None and len(target.shape) == 1 and isinstance(target.shape[0], int):
+        return facts.freshen(target.shape[0])
+    return None
+
+
+@_rule("Range")
+def _range(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
+    dtype = inputs[0].dtype
+    ends = [fact.items[0] if fact.items is not None and len(fact.items) == 1 else None for fact in inputs]
+    start, limit, step = ends if len(ends) == 3 else (None, None, None)
+    if start is None or limit is None or not isinstance(step, int) or step == 0:
+        return [Fact(dtype, facts.freshen(1))]
+    distance = symbolic.sub(limit, start)
+    if step < 0:
+        distance, stride = symbolic.mul(distance, -1), -step
+    else:
+        stride = step
+    if not symbolic.nonnegative(distance):
+        length: Dim = 0 if isinstance(distance, int) else facts.fresh()
+    else:
+        length = symbolic.ceildiv(distance, stride)
+    fact = Fact(dtype, (length,))
+    if isinstance(length, int) and length <= MAX_ITEMS:
+        return [replace(fact, items=tuple(symbolic.add(start, i * step) for i in range(length)))]
+    return [fact]
+
+
+@_rule("NonZero")
+def _non_zero(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
+    rank: Dim = facts.fresh() if inputs[0].shape is None else len(inputs[0].shape)
+    return [Fact(ir.DataType.INT64, (rank, facts.fresh()))]
+
+
+# Layout ----------------------------------------------------------------------------------------------------------
+
+
+def reshaped(shape: Shape, target: Items, allow_zero: bool, facts: Facts) -> Shape:
+    """The shape that Reshape makes of ``shape``: 0 copies a dim unless ``allow_zero``, -1 is what is left over."""
+    dims: list[Dim] = []
+    hole: int | None = None
+    for i, item in enumerate(target):
+        if item is None:
+            dims.append(facts.fresh())
+        elif item == 0 and not allow_zero:
+            dims.append(shape[i] if i < len(shape) else facts.fresh())
+        elif item == -1:
+            hole = i
+            dims.append(1)
+        else:
+            # A size that may be 0 or -1 at run time would be read as a copy or as the rest.
+            dims.append(item if isinstance(item, int) or symbolic.nonnegative(item) else facts.fresh())
+    if hole is not None:
+        rest = symbolic.exact_quotient(symbolic.product(shape), symbolic.product(tuple(dims)))
+        dims[hole] = _cancel(list(shape), dims, facts) if rest is None else rest
+    return tuple(dims)
+
+
+def _cancel(numerator: list[Dim], denominator: list[Dim], facts: Facts) -> Dim:
+    """The quotient of two products of dims after the equal ones are crossed out."""
+    rest = []
+    for dim in denominator:
+        if dim in numerator:
+            numerator.remove(dim)
+        else:
+            rest.append(dim)
+    quotient = symbolic.floordiv(symbolic.product(tuple(numerator)), symbolic.product(tuple(rest)))
+    return facts.fresh() if quotient is None else quotient
+
+
+@_rule("Reshape")
+def _reshape(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
+    x = inputs[0]
+    target = inputs[1] if len(inputs) > 1 else UNKNOWN
+    if target.items is None:
+        return [Fact(x.dtype, _dims_from(target, facts))]
+    if x.shape is None:
+        dims = tuple(i if isinstance(i, int) and i > 0 else facts.fresh() for i in target.items)
+        return [Fact(x.dtype, dims)]
+    shape = reshaped(x.shape, target.items, bool(attribute(node, "allowzero", 0)), facts)
+    return [Fact(x.dtype, shape, _kept(x, shape))]
+
+
+def _kept(x: Fact, shape: Shape) -> Items | None:
+    """The elements of ``x`` after a change of shape that keeps their order."""
+    static = all(isinstance(dim, int) for dim in shape)
+    return x.items if x.items is not None and static and math.prod(shape) == len(x.items) else None  # type: ignore[arg-type]
+
+
+@_rule("Flatten")
+def _flatten(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
+    x = inputs[0]
+    if x.shape is None:
+        return [Fact(x.dtype, facts.freshen(2))]
+    axis = attribute(node, "axis", 1)
+    axis += len(x.shape) if axis < 0 else 0
+    shape = (symbolic.product(x.shape[:axis]), symbolic.product(x.shape[axis:]))
+    return [Fact(x.dtype, shape, _kept(x, shape))]
+
+
+@_rule("Squeeze")
+def _squeeze(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
+    x = inputs[0]
+    if x.shape is None:
+        return [Fact(x.dtype)]
+    axes = axes_of(node, inputs, 1, len(x.shape))
+    if axes is None:
+        return [Fact(x.dtype)]
+    if not axes:
+        if any(not isinstance(dim, int) for dim in x.shape):
+            return [Fact(x.dtype)]
+        shape = tuple(dim for dim in x.shape if dim != 1)
+    else:
+        shape = tuple(dim for i, dim in enumerate(x.shape) if i not in axes)
+    return [Fact(x.dtype, shape, _kept(x, shape))]
+
+
+@_rule("Unsqueeze")
+def _unsqueeze(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
+    x = inputs[0]
+    given = attribute(node, "axes") if len(inputs) < 2 else inputs[1].known
+    if x.shape is None or given is None:
+        return [Fact(x.dtype)]
+    rank = len(x.shape) + len(given)
+    axes = {axis % rank for axis in given}
+    rest = iter(x.shape)
+    shape = tuple(1 if i in axes else next(rest) for i in range(rank))
+    return [Fact(x.dtype, shape, _kept(x, shape))]
+
+
+@_rule("Transpose")
+def _transpose(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
+    x = inputs[0]
+    if x.shape is None:
+        perm = attribute(node, "perm")
+        return [Fact(x.dtype, None if perm is None else facts.freshen(len(perm)))]
+    perm = attribute(node, "perm") or tuple(reversed(range(len(x.shape))))
+    if len(perm) != len(x.shape):
+        return None
+    fact = Fact(x.dtype, tuple(x.shape[i] for i in perm))
+    array = items_array(x)
+    return [fact if array is None else with_items(fact, array.transpose(perm))]
+
+
+@_rule("Concat")
+def _concat(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
+    dtype = inputs[0].dtype
+    shapes = [fact.shape for fact in inputs if fact.shape is not None]
+    if not shapes:
+        return [Fact(dtype)]
+    rank = len(shapes[0])
+    axis = attribute(node, "axis", 1)
+    if not -rank <= axis < rank or any(len(shape) != rank for shape in shapes):
+        return None
+    axis %= rank
+    if len(shapes) < len(inputs):
+        return [Fact(dtype, facts.freshen(rank))]
+    dims = []
+    for i in range(rank):
+        total: Dim = shapes[0][i]
+        for shape in shapes[1:]:
+            # Off the axis all are equal in a valid model: a number says more than a name.
+            total = symbolic.add(total, shape[i]) if i == axis else total if isinstance(total, int) else shape[i]
+        dims.append(total)
+    fact = Fact(dtype, tuple(dims))
+    if dtype not in INTEGERS or fact.static is None or math.prod(fact.static) > MAX_ITEMS:
+        return [fact]
+    arrays = []
+    for x in inputs:
+        array = items_array(x)
+        if array is None:
+            if x.static is None:
+                return [fact]
+            array = np.full(x.static, None, dtype=object)
+        arrays.append(array)
+    return [with_items(fact, np.concatenate(arrays, axis=axis))]
+
+
+@_rule("Split")
+def _split(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
+    x, count = inputs[0], len(node.outputs)
+    if x.shape is None:
+        return [Fact(x.dtype)] * count
+    axis = attribute(node, "axis", 0) % len(x.shape)
+    size = x.shape[axis]
+    parts: Sequence[Dim | None] | None = attribute(node, "split")
+    if len(inputs) > 1 and node.inputs[1] is not None:
+        parts = inputs[1].items or (None,) * count
+    if parts is None:
+        if isinstance(size, int):
+            chunk = -(-size // count)
+            parts = [max(min(chunk, size - i * chunk), 0) for i in range(count)]
+        else:
+            even = symbolic.exact_quotient(size, count)
+            parts = [even] * count
+    if len(parts) != count:
+        return None
+    found = []
+    array, start = items_array(x), 0
+    for part in parts:
+        dim: Dim = facts.fresh() if part is None else part
+        fact = Fact(x.dtype, (*x.shape[:axis], dim, *x.shape[axis + 1 :]))
+        if array is not None and isinstance(part, int):
+            fact = with_items(fact, np.take(array, range(start, start + part), axis=axis))
+            start += part
+        else:
+            array = None
+        found.append(fact)
+    return found
+
+
+def slice_parameters(
+    node: ir.Node, inputs: Facts_, rank: int
+) -> tuple[Items, Items, tuple[int, ...], tuple[int, ...]] | None:
+    """``starts, ends, axes, steps`` of a Slice; axes are non-negative. None where axes or steps are not known."""
+    if len(inputs) == 1:
+        starts, ends = attribute(node, "starts", ()), attribute(node, "ends", ())
+        axes, steps = attribute(node, "axes"), None
+    else:
+        found = [inputs[i].items if i < len(inputs) and node.inputs[i] is not None else () for i in range(1, 5)]
+        if found[0] is None or found[1] is None or found[2] is None or found[3] is None:
+            return None
+        starts, ends = found[0], found[1]
+        axes, steps = found[2] or None, found[3] or None
+    on: tuple[Any, ...] = tuple(range(len(starts))) if axes is None else tuple(axes)
+    by: tuple[Any, ...] = (1,) * len(starts) if steps is None else tuple(steps)
+    if not len(starts) == len(ends) == len(on) == len(by):
+        return None
+    if not all(isinstance(x, int) for x in (*on, *by)) or any(not -rank <= axis < rank for axis in on):
+        return None
+    return starts, ends, tuple(axis % rank for axis in on), by
+
+
+def _bound(at: Dim | None, size: Dim, step: int) -> Dim | None:
+    """A start or an end of a Slice, counted from the front and clamped, for ``step > 0``; None if unknown."""
+    if at is None or step < 0:
+        return None
+    if isinstance(at, int) and isinstance(size, int):
+        return min(max(at + size if at < 0 else at, 0), size)
+    if isinstance(at, int) and at >= 2**31 - 1:
+        return size
+    if symbolic.nonnegative(at):
+        if at == 0:
+            return 0
+        return symbolic.minimum(at, size)
+    if isinstance(at, int):
+        return symbolic.maximum(symbolic.add(size, at), 0)
+    return None
+
+
+def sliced(start: Dim | None, end: Dim | None, step: int, size: Dim) -> tuple[Dim | None, Dim | None]:
+    """The first index and the number of elements that a Slice takes of an axis; None for what is not known."""
+    if isinstance(start, int) and isinstance(end, int) and isinstance(size, int):
+        indices = range(*slice(_python(start, size, step, True), _python(end, size, step, False), step).indices(size))
+        return (indices.start, len(indices))
+    first, last = _bound(start, size, step), _bound(end, size, step)
+    if first is None or last is None:
+        return first, None
+    extent = symbolic.sub(last, first)
+    if not symbolic.nonnegative(extent):
+        extent = symbolic.maximum(extent, 0)
+    return first, symbolic.ceildiv(extent, step)
+
+
+def _python(at: int, size: int, step: int, is_start: bool) -> int | None:
+    """A bound as Python's ``slice`` wants it; an end before the first element is None there, for a negative step."""
+    if step < 0 and not is_start and at < -size:
+        return None
+    return at
+
+
+@_rule("Slice")
+def _slice(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
+    x = inputs[0]
+    if x.shape is None:
+        return [Fact(x.dtype)]
+    parameters = slice_parameters(node, inputs, len(x.shape))
+    if parameters is None:
+        return [Fact(x.dtype, facts.freshen(len(x.shape)))]
+    dims = list(x.shape)
+    array = items_array(x)
+    for start, end, axis, step in zip(*parameters, strict=True):
+        if step == 0:
+            return None
+        first, length = sliced(start, end, step, dims[axis])
+        dims[axis] = facts.fresh() if length is None else length
+        if array is not None and isinstance(first, int) and isinstance(length, int):
+            array = np.take(array, range(first, first + length * step, step), axis=axis)
+        else:
+            array = None
+    fact = Fact(x.dtype, tuple(dims))
+    return [fact if array is None else with_items(fact, array)]
+
+
+@_rule("Gather")
+def _gather(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
+    x, index = inputs[0], inputs[1]
+    if x.shape is None or not x.shape:
+        return [Fact(x.dtype)]
+    axis = attribute(node, "axis", 0) % len(x.shape)
+    if index.shape is None:
+        return [Fact(x.dtype)]
+    fact = Fact(x.dtype, x.shape[:axis] + index.shape + x.shape[axis + 1 :])
+    array, at = items_array(x), index.known
+    if array is None or at is None or index.static is None:
+        return [fact]
+    size = array.shape[axis]
+    if any(not -size <= i < size for i in at):
+        return [fact]
+    # The index keeps an axis while numpy works: of a 0-d result it would return the bare element.
+    picked = np.take(array, np.array(at, dtype=np.int64), axis=axis)
+    return [with_items(fact, picked.reshape(array.shape[:axis] + index.static + array.shape[axis + 1 :]))]
+
+
+@_rule("GatherElements")
+def _gather_elements(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
+    return [Fact(inputs[0].dtype, inputs[1].shape)]
+
+
+@_rule("Expand")
+def _expand(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
+    x = inputs[0]
+    target = _dims_from(inputs[1], facts)
+    if x.shape is None or target is None:
+        return [Fact(x.dtype)]
+    fact = Fact(x.dtype, broadcast_shapes(x.shape, target))
+    array, static = items_array(x), fact.static
+    if array is None or static is None or math.prod(static) > MAX_ITEMS:
+        return [fact]
+    return [with_items(fact, np.broadcast_to(array, static))]
+
+
+@_rule("Tile")
+def _tile(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
+    x, repeats = inputs[0], inputs[1].items
+    if x.shape is None or repeats is None or len(repeats) != len(x.shape):
+        return [Fact(x.dtype, None if x.shape is None else facts.freshen(len(x.shape)))]
+    dims = tuple(
+        facts.fresh() if times is None else symbolic.mul(dim, times)
+        for dim, times in zip(x.shape, repeats, strict=True)
+    )
+    fact = Fact(x.dtype, dims)
+    array = items_array(x)
+    if array is None or fact.static is None or math.prod(fact.static) > MAX_ITEMS:
+        return [fact]
+    return [with_items(fact, np.tile(array, [int(t) for t in repeats]))]  # type: ignore[arg-type]
+
+
+@_rule("Pad")
+def _pad(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
+    x = inputs[0]
+    if x.shape is None:
+        return [Fact(x.dtype)]
+    rank = len(x.shape)
+    pads: Items | None = attribute(node, "pads") if len(inputs) < 2 else inputs[1].items
+    axes: tuple[int, ...] | None = tuple(range(rank))
+    if len(inputs) > 3 and node.inputs[3] is not None:
+        axes = axes_of(node, inputs, 3, rank)
+    if pads is None or axes is None or len(pads) != 2 * len(axes):
+        return [Fact(x.dtype, facts.freshen(rank))]
+    dims = list(x.shape)
+    for i, axis in enumerate(axes):
+        before, after = pads[i], pads[i + len(axes)]
+        known = before is not None and after is not None
+        dims[axis] = symbolic.add(dims[axis], symbolic.add(before, after)) if known else facts.fresh()  # type: ignore[arg-type]
+    return [Fact(x.dtype, tuple(dims))]
+
+
+# Reductions ------------------------------------------------------------------------------------------------------
+
+
+@_rule(
+    "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd",
+    "ReduceSum", "ReduceSumSquare",
+)  # fmt: skip
+def _reduce(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
+    x = inputs[0]
+    if x.shape is None:
+        return [Fact(x.dtype)]
+    axes = axes_of(node, inputs, 1, len(x.shape))
+    if axes is None:
+        kept = facts.freshen(len(x.shape)) if attribute(node, "keepdims", 1) else None
+        return [Fact(x.dtype, kept)]
+    if not axes and attribute(node, "noop_with_empty_axes", 0):
+        return [Fact(x.dtype, x.shape)]
+    axes = axes or tuple(range(len(x.shape)))
+    fact = Fact(x.dtype, _reduced(x.shape, axes, bool(attribute(node, "keepdims", 1))))
+    combine = {"ReduceProd": symbolic.mul, "ReduceSum": symbolic.add, "ReduceMax": symbolic.maximum, "ReduceMin": symbolic.minimum}  # fmt: skip  # noqa: E501
+    if x.items and len(x.shape) == 1 and node.op_type in combine and None not in x.items:
+        total: Any = x.items[0]
+        for item in x.items[1:]:
+            total = combine[node.op_type](total, item)  # type: ignore[arg-type]
+        return [replace(fact, items=(number(total, x.dtype),))]
+    return [fact]
+
+
+@_rule("ArgMax", "ArgMin")
+def _arg(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
+    shape = inputs[0].shape
+    if shape is None or not shape:
+        return None
+    axis = attribute(node, "axis", 0) % len(shape)
+    return [Fact(ir.DataType.INT64, _reduced(shape, (axis,), bool(attribute(node, "keepdims", 1))))]
+
+
+def _reduced(shape: Shape, axes: Sequence[int], keep: bool) -> Shape:
+    if keep:
+        return tuple(1 if i in axes else dim for i, dim in enumerate(shape))
+    return tuple(dim for i, dim in enumerate(shape) if i not in axes)

@@ -1,0 +1,1 @@
+"""Views: JSON documents shown to people, in the terminal and as HTML."""

@@ -1,0 +1,386 @@
+"""Whether the graphs of an ``onnx.ModelProto`` are well-formed: names, order, operators, dtypes.
+
+``onnx.checker`` asks much of the same, but ends at 2 GiB, stops at external data and does not say which node.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import shape_inference
+
+from graphc import wire
+from graphc.container import describe
+from graphc.errors import BadInput, nearest
+
+_SHAPES = 1 << 13
+"""Bytes from which a constant is left out of shape inference: it holds no shape."""
+
+_STANDARD = ("", "ai.onnx")
+
+_NEWEST = 10_000
+"""A version beyond every opset."""
+
+
+def check(proto: onnx.ModelProto, path: Path) -> None:
+    """Refuse a model whose graphs are not well-formed, and sort nodes that are merely out of order.
+
+    Raises:
+        BadInput: The message names the node or value and says what to do.
+    """
+    _Check(proto, path).run()
+
+
+class _Check:
+    def __init__(self, proto: onnx.ModelProto, path: Path) -> None:
+        self.proto, self.path = proto, path
+        self.functions = {(f.domain, f.name, f.overload): f for f in proto.functions}
+
+    def fail(self, what: str, place: str = "", why: str = "", hint: str = "") -> BadInput:
+        where = f"{self.path}, {place}" if place else str(self.path)
+        return BadInput(what, where=where, why=why, hint=hint or "export the model again")
+
+    def run(self) -> None:
+        imports = self.imports(self.proto.opset_import, "")
+        if not self.proto.graph.output:
+            raise self.fail("the model has no outputs")
+        self.graph(self.proto.graph, [], imports)
+        for function in self.proto.functions:
+            place = f"function '{function.name}'"
+            known = dict.fromkeys(function.input, place)
+            self.body(function, [known], self.imports(function.opset_import, place), place)
+            for name in function.output:
+                if name not in known:
+                    raise self.fail(f"nothing makes the output '{name}'", place)
+        self.recursion()
+
+    def imports(self, declared: Any, place: str) -> dict[str, int]:
+        """Opset versions by domain; the standard one is renamed to its short name."""
+        found: dict[str, int] = {}
+        for each in declared:
+            if each.domain == "ai.onnx":
+                each.domain = ""
+            if found.setdefault(each.domain, each.version) != each.version:
+                raise self.fail(f"two versions of the opset '{each.domain or 'ai.onnx'}' are imported", place)
+        if not found:
+            raise self.fail(
+                "the model says no opset version", place, hint="set opset_import, or export the model again"
+            )
+        newest = onnx.defs.onnx_opset_version()
+        if found.get("", 1) > newest:
+            raise self.fail(
+                f"opset {found['']} is too new",
+                place,
+                why=f"the installed onnx {onnx.__version__} knows opsets up to {newest}",
+                hint=f"pip install --upgrade onnx, or export the model with opset {newest} or lower",
+            )
+        return found
+
+    def graph(self, graph: Any, outer: list[dict[str, str]], imports: Mapping[str, int]) -> None:
+        place = f"graph '{graph.name}'" if outer else ""
+        known: dict[str, str] = {}
+        for value in graph.input:
+            if value.name in known or not value.name:
+                raise self.fail(f"two inputs are called '{value.name}'", place)
+            known[value.name] = "an input"
+        constants = Counter(t.name for t in graph.initializer)
+        for name, count in constants.items():
+            if count > 1 or not name:
+                raise self.fail(f"{count} initializers are called '{name}'", place)
+            known.setdefault(name, "an initializer")
+        if graph.sparse_initializer:
+            raise self.fail(
+                "the model has sparse initializers",
+                place,
+                why="graphc does not read them",
+                hint="make them dense: every runtime does when it loads them",
+            )
+        self.body(graph, [*outer, known], imports, place)
+        for value in graph.output:
+            if value.name not in known:
+                known_outside = any(value.name in scope for scope in outer)
+                raise self.fail(
+                    f"nothing makes the output '{value.name}'" + (" in the subgraph" if known_outside else ""),
+                    place,
+                    why="a value of the outer graph needs an Identity node" if known_outside else "",
+                    hint=nearest(value.name, known) if not known_outside else "",
+                )
+
+    def body(self, graph: Any, scopes: list[dict[str, str]], imports: Mapping[str, int], place: str) -> None:
+        """Check the nodes of a graph or function; ``scopes[-1]`` gets what they make."""
+        known = scopes[-1]
+        for node in graph.node:
+            self.node(node, imports)
+            for name in filter(None, node.output):
+                if name in known:
+                    raise self.fail(
+                        f"the value '{name}' is made twice", describe(node), why=f"it is also {known[name]}"
+                    )
+                known[name] = f"made by {describe(node)}"
+        self.sort(graph, scopes, place)
+        for node in graph.node:
+            for body in _bodies(node):
+                self.graph(body, scopes, imports)
+
+    def sort(self, graph: Any, scopes: Sequence[Mapping[str, str]], place: str) -> None:
+        """Put nodes after what they read; the order stays where it is right already."""
+        makers = {name: i for i, node in enumerate(graph.node) for name in node.output if name}
+        waiting: list[set[int]] = []
+        in_order = True
+        for i, node in enumerate(graph.node):
+            reads = set()
+            for name in _reads(node):
+                maker = makers.get(name)
+                if maker is not None:
+                    reads.add(maker)
+                    in_order = in_order and maker < i
+                elif name in node.input and not any(name in scope for scope in scopes):
+                    known = [k for scope in scopes for k in scope]
+                    raise self.fail(
+                        f"the value '{name}' does not exist",
+                        describe(node),
+                        why="a node reads it, and no node, input or initializer makes it",
+                        hint=nearest(name, known) if len(known) < 50_000 else "",
+                    )
+            waiting.append(reads)
+        if in_order:
+            return
+        order = _order(waiting)
+        if len(order) < len(waiting):
+            stuck = _cycle(waiting, set(range(len(waiting))) - set(order))
+            raise self.fail(
+                "the graph has a cycle",
+                place,
+                why=" -> ".join(describe(graph.node[i]) for i in stuck),
+            )
+        nodes = [onnx.NodeProto.FromString(graph.node[i].SerializeToString()) for i in order]
+        del graph.node[:]
+        graph.node.extend(nodes)
+
+    def node(self, node: Any, imports: Mapping[str, int]) -> None:
+        if node.domain not in imports and node.domain not in _STANDARD:
+            raise self.fail(
+                f"the domain '{node.domain}' is used but not imported",
+                describe(node),
+                hint="add it to opset_import, or export the model again",
+            )
+        if (node.domain, node.op_type, node.overload) in self.functions:
+            return
+        domain = "" if node.domain in _STANDARD else node.domain
+        schema = _schema(node.op_type, domain, imports.get(domain, 1))
+        if schema is None:
+            if domain in _checked_domains():
+                raise self.unknown(node, domain, imports.get(domain, 1))
+            return
+        if schema.deprecated and _schema(node.op_type, domain, _NEWEST).deprecated:
+            raise self.fail(
+                f"the operator {node.op_type} does not exist in opset {imports.get(domain, 1)}",
+                describe(node),
+                why=f"it was removed in opset {schema.since_version}",
+            )
+        self.arity(node, schema)
+        self.attributes(node, schema)
+
+    def unknown(self, node: Any, domain: str, version: int) -> BadInput:
+        newer = _schema(node.op_type, domain, _NEWEST)
+        if newer is not None:
+            return self.fail(
+                f"the operator {node.op_type} does not exist in opset {version}",
+                describe(node),
+                why=f"it came with opset {newer.since_version}",
+                hint=f"export the model with opset {newer.since_version} or higher",
+            )
+        known = {s.name for s in onnx.defs.get_all_schemas() if s.domain == domain}
+        return self.fail(
+            f"there is no operator {node.op_type} in {domain or 'ai.onnx'}",
+            describe(node),
+            why="operators of one's own belong to a domain of their own",
+            hint=nearest(node.op_type, known) if _close(node.op_type, known) else "give the node its own domain",
+        )
+
+    def arity(self, node: Any, schema: Any) -> None:
+        count = len(node.input)
+        if not schema.min_input <= count <= schema.max_input:
+            most = "any number" if schema.max_input > 1000 else str(schema.max_input)
+            takes = most if schema.min_input == schema.max_input else f"{schema.min_input} to {most}"
+            raise self.fail(
+                f"{node.op_type} has {count} inputs and takes {takes}", describe(node), hint=_documented(node)
+            )
+        single = onnx.defs.OpSchema.FormalParameterOption.Single
+        for given, declared in zip(node.input, schema.inputs, strict=False):
+            if not given and declared.option == single:
+                raise self.fail(
+                    f"{node.op_type} lacks its input '{declared.name}'", describe(node), hint=_documented(node)
+                )
+        if len(node.output) > schema.max_output:
+            raise self.fail(
+                f"{node.op_type} has {len(node.output)} outputs and gives at most {schema.max_output}",
+                describe(node),
+                hint=_documented(node),
+            )
+
+    def attributes(self, node: Any, schema: Any) -> None:
+        given = {attr.name: attr for attr in node.attribute}
+        for name, attr in given.items():
+            declared = schema.attributes.get(name)
+            if declared is None:
+                raise self.fail(
+                    f"{node.op_type} has no attribute '{name}' in opset {schema.since_version}",
+                    describe(node),
+                    hint=nearest(name, schema.attributes),
+                )
+            if attr.type and int(attr.type) != int(declared.type.value):
+                kind = onnx.AttributeProto.AttributeType.Name(attr.type)
+                raise self.fail(
+                    f"attribute '{name}' of {node.op_type} is {kind} and should be {declared.type.name}",
+                    describe(node),
+                )
+        for name, declared in schema.attributes.items():
+            if declared.required and name not in given:
+                raise self.fail(f"{node.op_type} lacks its attribute '{name}'", describe(node))
+
+    def recursion(self) -> None:
+        """Refuse functions that call each other in a circle."""
+        calls = {
+            key: {
+                called
+                for node in _all_nodes(function.node)
+                if (called := (node.domain, node.op_type, node.overload)) in self.functions
+            }
+            for key, function in self.functions.items()
+        }
+        done: set[tuple[str, str, str]] = set()
+        while ready := {key for key, called in calls.items() if key not in done and called <= done}:
+            done |= ready
+        if len(done) < len(calls):
+            raise self.fail(f"the function '{min(set(calls) - done)[1]}' calls itself")
+
+
+@cache
+def _schema(operator: str, domain: str, version: int) -> Any:
+    try:
+        return onnx.defs.get_schema(operator, version, domain)
+    except onnx.defs.SchemaError:
+        return None
+
+
+@cache
+def _checked_domains() -> frozenset[str]:
+    """Domains of which every operator has a schema."""
+    return frozenset(s.domain for s in onnx.defs.get_all_schemas())
+
+
+def _close(word: str, known: set[str]) -> bool:
+    return nearest(word, known).startswith("did you mean")
+
+
+def _documented(node: Any) -> str:
+    return f"https://onnx.ai/onnx/operators/onnx__{node.op_type}.html"
+
+
+def _bodies(node: Any) -> Iterator[Any]:
+    for attr in node.attribute:
+        if attr.type == onnx.AttributeProto.GRAPH:
+            yield attr.g
+        elif attr.type == onnx.AttributeProto.GRAPHS:
+            yield from attr.graphs
+
+
+def _all_nodes(nodes: Any) -> Iterator[Any]:
+    for node in nodes:
+        yield node
+        for body in _bodies(node):
+            yield from _all_nodes(body.node)
+
+
+def _reads(node: Any) -> Iterator[str]:
+    """The names that a node reads, in its bodies too unless they are made there."""
+    yield from filter(None, node.input)
+    for body in _bodies(node):
+        own = {v.name for v in body.input} | {t.name for t in body.initializer}
+        own.update(name for inner in body.node for name in inner.output)
+        for inner in body.node:
+            yield from (name for name in _reads(inner) if name not in own)
+
+
+def _order(waiting: Sequence[set[int]]) -> list[int]:
+    """A topological order of nodes ``i`` that wait for ``waiting[i]``, as near to theirs as can be."""
+    import heapq
+
+    readers: list[list[int]] = [[] for _ in waiting]
+    for i, reads in enumerate(waiting):
+        for maker in reads:
+            readers[maker].append(i)
+    left = [len(reads) for reads in waiting]
+    ready = [i for i, count in enumerate(left) if not count]
+    order = []
+    while ready:
+        i = heapq.heappop(ready)
+        order.append(i)
+        for reader in readers[i]:
+            left[reader] -= 1
+            if not left[reader]:
+                heapq.heappush(ready, reader)
+    return order
+
+
+def _cycle(waiting: Sequence[set[int]], stuck: set[int]) -> list[int]:
+    """A cycle among nodes of which each waits for another one of them."""
+    path: list[int] = []
+    at = min(stuck)
+    while at not in path:
+        path.append(at)
+        at = min(waiting[at] & stuck)
+    return [*reversed(path[path.index(at) :]), path[-1]]
+
+
+_ERROR = re.compile(r"\(op_type:(?P<op>[^,)]*)(?:, node name: (?P<node>[^)]*))?\): (?P<why>.*)")
+_TYPE_ERROR = re.compile(r"TypeInferenceError|inconsistent type|unsupported type")
+
+
+def infer(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    """A copy of a model with inferred dtypes and shapes in it, and without the data of large constants.
+
+    A shape that contradicts what is declared is no error: exporters declare wrong ones, and runtimes go by
+    what they infer.
+
+    Raises:
+        BadInput: Dtypes contradict each other; the message names the node.
+    """
+    light = onnx.ModelProto.FromString(wire.strip(proto.SerializeToString(), "", _SHAPES))
+    for node in _all_nodes(light.graph.node):
+        node.name = node.name or (node.output[0] if node.output else "")
+    data = light.SerializeToString()
+    try:
+        result = shape_inference.infer_shapes(data, check_type=True, strict_mode=True)
+    except (shape_inference.InferenceError, RuntimeError, ValueError) as error:
+        # One line for each node that clashes; a node with a body repeats the errors in it.
+        for line in str(error).splitlines():
+            found = list(_ERROR.finditer(line))
+            if found and _TYPE_ERROR.search(line):
+                last = re.sub(r"\[\w+\] ", "", line[line.rindex(":") + 2 :]) if not found else found[-1]["why"]
+                inner = list(_ERROR.finditer(last)) or found
+                raise BadInput(
+                    "the dtypes do not fit together",
+                    where=f"{path}, node '{inner[-1]['node'] or ''}' ({inner[-1]['op']})",
+                    why=_dtypes_named(re.sub(r"\[\w+\] ", "", inner[-1]["why"])),
+                    hint="export the model again, or put a Cast before it",
+                ) from error
+        try:
+            result = shape_inference.infer_shapes(data)
+        except (shape_inference.InferenceError, RuntimeError, ValueError):
+            result = data
+    if isinstance(result, bytes):
+        result = onnx.ModelProto.FromString(result)
+    return result
+
+
+def _dtypes_named(text: str) -> str:
+    """onnx's numbers of dtypes as their names."""
+    return re.sub(r"\((\d+)\)", lambda m: onnx.TensorProto.DataType.Name(int(m[1])).lower(), text)

@@ -1,0 +1,185 @@
+"""Structured pruning, the lossy half: whole units become zeros. ``shrink`` removes them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from graphc import allocation, masks
+from graphc.allocation import Keep, Limits
+from graphc.axes import cut
+from graphc.axes.groups import Group, Groups, analyse
+from graphc.contract import Context, Effect, Needs, Pass, PassResult, option
+from graphc.criteria import criterion
+from graphc.edit import Array
+from graphc.errors import BadInput, nearest
+
+KINDS = ("channel", "head", "neuron")
+"""What is pruned unless ``kinds`` says otherwise: width and experts are rarely safe to lose without healing."""
+
+LIKED = {"channel": 8, "neuron": 16, "width": 16, "head_dim": 8, "rank": 8}
+"""Multiples that a CPU's kernels like, by kind: its vectors hold 8 floats, its matrix kernels step by 16."""
+LIKED_CUDA = dict.fromkeys(LIKED, 64)
+"""The same for tensor cores, whose tiles are 64 wide."""
+
+BACKOFF = (0.75, 0.5, 0.35, 0.2, 0.1)
+"""Parts of the ratio that the gate tries when the full one costs too much."""
+
+
+@dataclass(frozen=True)
+class Prune(Pass):
+    """Write the least important channels, heads and neurons dead, each with everything that belongs to it."""
+
+    effect: ClassVar[Effect] = Effect.LOSSY
+
+    ratio: float = option(0.0, "The part to remove, from 0 to below 1, of what 'of' counts.")
+    of: Literal["units", "params", "bytes", "flops"] = option(
+        "units", "What the ratio is a part of: the units of the chosen groups, or the whole model's cost."
+    )
+    kinds: tuple[str, ...] = option(KINDS, "Kinds of groups to prune; 'all' for every kind.")
+    include: tuple[str, ...] = option((), "Patterns of group or weight names to prune; all if none is given.")
+    exclude: tuple[str, ...] = option((), "Patterns of group or weight names to leave alone.")
+    scope: Literal["global", "group"] = option(
+        "group", "'group' takes the same part of each group, 'global' compares the units of all groups."
+    )
+    criterion: str = option("l2", "How units are ranked: l1, l2, random, or scores from a file.")
+    scores: Path | None = option(None, "A safetensors file with a score per unit, for criterion=scores.")
+    mask: Path | None = option(
+        None, "A safetensors file of booleans, true = keep, by group name or weight:axis; instead of a ratio."
+    )
+    min_keep: int = option(1, "Units that every group keeps at least.")
+    multiple_of: int | Literal["auto"] = option(
+        1, "Groups keep a multiple of this many units; 'auto' is what the target's kernels like."
+    )
+
+    def __post_init__(self) -> None:
+        where = "prune"
+        if not 0 <= self.ratio < 1:
+            why = "nothing would be left" if self.ratio == 1 else "it is a part of the whole"
+            raise BadInput(
+                f"ratio cannot be {self.ratio:g}", where=where, why=why, hint="give a number from 0 to below 1"
+            )
+        if self.min_keep < 1:
+            raise BadInput(f"min-keep cannot be {self.min_keep}", where=where, hint="a group keeps at least 1 unit")
+        if self.multiple_of != "auto" and self.multiple_of < 1:
+            raise BadInput(f"multiple-of cannot be {self.multiple_of}", where=where, hint="1 is no constraint")
+        if (self.criterion == "scores") != (self.scores is not None):
+            raise BadInput("criterion=scores and scores=FILE go together", where=where)
+        if self.mask is not None and self.ratio:
+            raise BadInput("a mask leaves no ratio to choose", where=where, hint="give either mask or ratio")
+        if self.criterion != "scores":
+            criterion(self.criterion)
+
+    def needs(self, model: ir.Model) -> Needs:
+        if self.mask is not None or self.criterion == "scores":
+            return Needs()
+        return criterion(self.criterion).needs(model, analyse(model))
+
+    def levels(self, model: ir.Model) -> Sequence[Pass]:
+        if self.mask is not None:
+            return (self,)
+        milder = (dataclasses.replace(self, ratio=round(self.ratio * part, 6)) for part in BACKOFF)
+        return (self, *milder)
+
+    def run(self, model: ir.Model, ctx: Context) -> PassResult:
+        groups = analyse(model)
+        result = PassResult()
+        if self.mask is not None:
+            keep = masks.keep(masks.read(self.mask), groups, where=str(self.mask))
+        else:
+            chosen = self._chosen(groups, result)
+            keep = self._allocated(model, groups, chosen, ctx, result) if self.ratio else {}
+        if problems := cut.check(groups, keep):
+            raise BadInput("the mask cannot be applied", where="prune", why="; ".join(problems[:3]))
+        if keep:
+            cut.zero(model, groups, keep)
+        for name, mask in keep.items():
+            result.change(f"{groups[name].kind} written dead", int(np.size(mask) - np.count_nonzero(mask)))
+        return result
+
+    def _chosen(self, groups: Groups, result: PassResult) -> list[Group]:
+        """The groups that the options name."""
+        every = {g.kind for g in groups.groups}
+        kinds = every if "all" in self.kinds else set(self.kinds)
+        known = {"channel", "head", "head_dim", "neuron", "width", "expert", "rank"}
+        for kind in kinds - known:
+            raise BadInput(f"there is no kind '{kind}'", where="prune{kinds}", hint=nearest(kind, known))
+        names = {g.name for g in groups.groups}
+        weights = {_weight(p.value) for g in groups.groups for p in g.places}
+        for which, patterns in (("include", self.include), ("exclude", self.exclude)):
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for name in names | weights):
+                    raise BadInput(
+                        f"no group or weight is called '{pattern}'",
+                        where=f"prune{{{which}}}",
+                        hint=nearest(pattern.strip("*"), names | weights),
+                    )
+        chosen = []
+        for group in groups.groups:
+            if group.kind not in kinds or (self.include and not _named(group, self.include)):
+                continue
+            if _named(group, self.exclude):
+                continue
+            if not group.exact:
+                result.refuse(group.name, f"{_averagers(group)} divides by its width: use narrow-norm")
+            else:
+                chosen.append(group)
+        return chosen
+
+    def _allocated(
+        self, model: ir.Model, groups: Groups, chosen: list[Group], ctx: Context, result: PassResult
+    ) -> Keep:
+        scores = self._scores(groups, chosen, ctx)
+        limits = {g.name: Limits(max(self.min_keep, g.min_keep), self._multiple(g, ctx)) for g in chosen}
+        cost = allocation.Cost(model, chosen, self.of)
+        keep = allocation.allocate(
+            chosen, allocation.normalised(scores), self.ratio, cost, limits, self.scope
+        )
+        removed = {name: int(mask.shape[-1] - mask.reshape(-1, mask.shape[-1])[0].sum()) for name, mask in keep.items()}
+        reached = 1 - cost(removed) / cost({}) if cost({}) else 0.0
+        if reached < self.ratio - 0.01:
+            result.refuse(
+                "prune", f"only {reached:.1%} of the {self.of} can go: what is left is fixed, excluded, or kept by limits"
+            )
+        for group in chosen:
+            if limits[group.name].least > 1 and group.size - removed.get(group.name, 0) == limits[group.name].least:
+                result.refuse(group.name, f"keeps the least it may: {limits[group.name].least} units")
+        return keep
+
+    def _scores(self, groups: Groups, chosen: list[Group], ctx: Context) -> Mapping[str, Array]:
+        if self.scores is not None:
+            return masks.scores(masks.read(self.scores), groups, chosen, where=str(self.scores))
+        rank = criterion(self.criterion).score
+        found = {}
+        for i, group in enumerate(chosen):
+            ctx.progress("rank units", i, len(chosen))
+            found[group.name] = np.asarray(rank(groups, group, ctx), dtype=np.float64)
+        return found
+
+    def _multiple(self, group: Group, ctx: Context) -> int:
+        if self.multiple_of == "auto":
+            liked = LIKED_CUDA if "CUDAExecutionProvider" in ctx.target.providers else LIKED
+            wanted = liked.get(group.kind, 1)
+        else:
+            wanted = self.multiple_of
+        return int(np.lcm(wanted, max(group.multiple_of, 1)))
+
+
+def _weight(value: ir.Value) -> str:
+    return value.name or ""
+
+
+def _named(group: Group, patterns: tuple[str, ...]) -> bool:
+    names = {group.name, *(_weight(p.value) for p in group.places)}
+    return any(fnmatchcase(name, pattern) for pattern in patterns for name in names)
+
+
+def _averagers(group: Group) -> str:
+    return ", ".join(sorted({n.node.op_type for n in group.normalisers})) or "an operator"

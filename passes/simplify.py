@@ -1,0 +1,75 @@
+"""Computes what is constant, shares what is equal, and removes what does nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from graphc import shapes
+from graphc.contract import Context, Effect, Pass, PassResult, option
+from graphc.simplification import chains, constants, dead, inlining, noops, recurrent, scopes, sizes
+from graphc.simplification.sweep import Sweep
+
+_MOST_SWEEPS = 10
+
+
+@dataclass(frozen=True)
+class Simplify(Pass):
+    """Compute what is constant, share what is equal, remove what does nothing.
+
+    Infers shapes anew, with symbolic dims; folds constants, and shape arithmetic whose result follows from the
+    input's dims; shares common subexpressions and equal initializers; merges rows of layout operators; inlines
+    functions and control flow whose path is known; removes dead code. A model that cannot be run here only
+    loses dead code and identities, and shares subexpressions.
+    """
+
+    effect = Effect.EXACT
+    unchecked_ok = True
+
+    growth: float = option(16.0, "Megabytes by which folded constants may make the model larger, all in all.")
+    freeze_initializers: bool = option(
+        False, "Treat initializers that are also inputs as constants, and drop them from the inputs."
+    )
+
+    def __post_init__(self) -> None:
+        if self.growth < 0:
+            raise ValueError("growth cannot be negative")
+
+    def run(self, model: ir.Model, ctx: Context) -> PassResult:
+        result = PassResult()
+        scopes.prepare(model)
+        if self.freeze_initializers:
+            result.change("initializer dropped from the inputs", _freeze(model))
+        else:
+            for value in model.graph.inputs:
+                if value.is_initializer():
+                    result.refuse(
+                        value,
+                        "an initializer that is also an input may be overridden: see freeze-initializers",
+                    )
+        if ctx.checkable:
+            result.change("function inlined", inlining.inline_functions(model))
+            result.change("duplicate initializer merged", constants.share(model))
+        made = constants.Constants(model, int(self.growth * 1e6))
+        rules = [noops.RULES, chains.RULES, sizes.RULES, recurrent.RULES] if ctx.checkable else [noops.RULES]
+        for done in range(_MOST_SWEEPS):
+            ctx.progress("simplify", done, _MOST_SWEEPS)
+            sweep = Sweep(model, result, rules, compute=ctx.checkable, constants=made)
+            changed = sweep.run()
+            if not dead.remove(model, result) and not changed:
+                break
+        if ctx.checkable:
+            result.change("duplicate initializer merged", constants.share(model))
+        shapes.annotate(model, sweep.facts)
+        for node, reason in sweep.refusals:
+            result.refuse(node, reason)
+        return result
+
+
+def _freeze(model: ir.Model) -> int:
+    """Drop the inputs that have a default from the graph's inputs; returns how many."""
+    frozen = [value for value in model.graph.inputs if value.is_initializer()]
+    for value in frozen:
+        model.graph.inputs.remove(value)
+    return len(frozen)

@@ -1,0 +1,26 @@
+"""The generated documentation is what the docstrings say, and every option is documented."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from graphc import catalogue, registry
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+@pytest.mark.parametrize("section", ["passes", "backends", "recipes"])
+def test_generated_documentation_is_fresh(section: str) -> None:
+    written = (DOCS / f"{section}.md").read_text(encoding="utf-8")
+    assert written == catalogue.markdown(section), "run: python -m graphc.catalogue docs"
+
+
+@pytest.mark.parametrize("kind", ["passes", "backends"])
+def test_everything_has_a_summary_and_every_option_a_sentence(kind: str) -> None:
+    for name in registry.names(kind):  # type: ignore[arg-type]
+        cls = registry.pass_class(name) if kind == "passes" else registry.backend_class(name)
+        assert catalogue.describe(name)["documentation"], name
+        for option in catalogue.options(cls):
+            assert option["help"], f"{name}{{{option['name']}}}"
