@@ -18,9 +18,10 @@ import numpy as np
 import onnx_ir as ir
 
 from graphc import edit, symbolic
+from graphc.axes.trace import Trace
 from graphc.edit import Array
-from graphc.shapes import Facts
-from graphc.symbolic import Dim
+from graphc.shapes import Fact, Facts
+from graphc.symbolic import Dim, symbol
 
 Facet = Array
 Facets = tuple[Facet, ...]
@@ -38,20 +39,34 @@ class Knowledge:
     """The facets of all values of a model's main graph.
 
     Constants are read one at a time and not kept; a large one leaves a vector for each of its axes.
+
+    Args:
+        model: The model.
+        trace: The trace of its axes, for the shapes of what shape inference does not cover (fused operators).
     """
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, trace: Trace | None = None) -> None:
         from graphc import known_rules
 
         self.facts = Facts(model)
         self._facets: dict[ir.Value, Facets] = {}
         for node in model.graph:
             self.facts.visit(node)
+            if trace is not None:
+                self._shapes_from(node, trace)
             found = known_rules.facets(node, self)
             for value, facets in zip(node.outputs, found, strict=False):
                 rank = self.facts(value).rank
                 if facets and rank is not None:
                     self._facets[value] = tidy(f for f in facets if f.ndim == rank)
+
+    def _shapes_from(self, node: ir.Node, trace: Trace) -> None:
+        for value in node.outputs:
+            axes = trace.axes.get(value)
+            if axes is not None and self.facts(value).shape is None:
+                dims: list[Dim] = [a.size if isinstance(a.size, int) else symbol(f"_{a.size}") for a in axes]
+                dtype = self.facts(value).dtype or self.facts(node.inputs[0]).dtype
+                self.facts[value] = Fact(dtype, tuple(dims))
 
     def __call__(self, value: ir.Value | None) -> Facets:
         """What is known of a value; empty where it is nothing."""

@@ -519,7 +519,7 @@ def _expand(node: ir.Node, known: Knowledge) -> Sequence[Facets]:
 
 @_rule("Tile")
 def _tile(node: ir.Node, known: Knowledge) -> Sequence[Facets]:
-    repeats = known.facts.ints(node.inputs[1])
+    repeats = known.facts(node.inputs[1]).known
     if repeats is None:
         return ()
     return [
@@ -610,7 +610,7 @@ def _gather(node: ir.Node, known: Knowledge) -> Sequence[Facets]:
 @_rule("Pad")
 def _pad(node: ir.Node, known: Knowledge) -> Sequence[Facets]:
     rank = _rank(node, known)
-    pads = known.facts.ints(_operand(node, 1)) if len(node.inputs) > 1 else attribute(node, "pads")
+    pads = known.facts(_operand(node, 1)).known if len(node.inputs) > 1 else attribute(node, "pads")
     if pads is None or _operand(node, 3) is not None or len(pads) != 2 * rank:
         return ()
     zero = attribute(node, "mode", "constant") == "constant" and (

@@ -164,10 +164,11 @@ def constants(model: ir.Model) -> Iterator[ir.TensorProtocol]:
             for attr in node.attributes.values():
                 if attr.is_ref():
                     continue
+                # Attr.as_tensor() checks a protocol, which computes all properties of the tensor.
                 if attr.type == ir.AttributeType.TENSOR:
-                    yield attr.as_tensor()
+                    yield attr.value
                 elif attr.type == ir.AttributeType.TENSORS:
-                    yield from attr.as_tensors()
+                    yield from attr.value
 
 
 def nbytes(model: ir.Model) -> int:
@@ -212,10 +213,10 @@ def _with_tensors(model: ir.Model, change: Callable[[ir.TensorProtocol], ir.Tens
                 if attr.is_ref():
                     continue
                 if attr.type == ir.AttributeType.TENSOR:
-                    held = attr.as_tensor()
+                    held: ir.TensorProtocol = attr.value
                     node.attributes[key] = ir.AttrTensor(key, changed(held, held.name), attr.doc_string)
                 elif attr.type == ir.AttributeType.TENSORS:
-                    several = [changed(each, each.name) for each in attr.as_tensors()]
+                    several = [changed(each, each.name) for each in attr.value]
                     node.attributes[key] = ir.AttrTensors(key, several, attr.doc_string)
     return copy
 

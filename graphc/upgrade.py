@@ -53,14 +53,16 @@ def upgrade(model: ir.Model, version: int) -> None:
     for body, imports in bodies:
         tools = _Tools(names, in_function=body is not model.graph)
         begin = imports.get("", 1)
+        graphs = [body, *body.subgraphs()]
+        # What adapters add is right for every later opset, so that only these nodes change, some more than once.
+        adapted = [n for g in graphs for n in g if n.op_type in _ADAPTED and n.domain in ("", "ai.onnx")]
         for step in range(begin + 1, version + 1):
-            for graph in (body, *body.subgraphs()):
-                for node in list(graph):
-                    adapter = _ADAPTERS.get((node.op_type, step))
-                    if adapter is not None and node.domain in ("", "ai.onnx"):
-                        adapter(node, tools)
+            for node in adapted:
+                adapter = _ADAPTERS.get((node.op_type, step))
+                if adapter is not None:
+                    adapter(node, tools)
         imports[""] = max(begin, version)
-        for graph in (body, *body.subgraphs()):
+        for graph in graphs:
             for node in graph:
                 _check(node, max(begin, version))
 
@@ -368,3 +370,5 @@ _ADAPTERS: dict[tuple[str, int], Callable[[ir.Node, _Tools], None]] = {
 
 for _name in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare"):
     _ADAPTERS[f"Reduce{_name}", 18] = _to_inputs(axes=1)
+
+_ADAPTED = frozenset(operator for operator, _ in _ADAPTERS)

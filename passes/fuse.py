@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from graphc import edit
 from graphc.contract import Context, Effect, Pass, PassResult, option
-from graphc.rewrites import absorb, chains, clip, gemm, pad
+from graphc.rewrites import absorb, chains, clip, elementwise, gemm, layernorm, pad
 from graphc.rewrites.base import Refused, Rewriter, Rule
 
 RuleName = Literal[
@@ -27,15 +27,18 @@ RuleName = Literal[
     "batchnorm-arithmetic",
     "matmul-add",
     "gemm-transpose",
+    "elementwise",
+    "layer-norm",
     "clip",
 ]
 
 STAGES: tuple[tuple[Rule, ...], ...] = (
+    (*elementwise.RULES, *layernorm.RULES),
     (*pad.RULES, *absorb.RULES),
     (*chains.RULES, *gemm.RULES, *clip.RULES),
 )
-"""All rules, in the order in which they are tried at a node. What folds into weights goes first: chains are
-merged where nothing could take them."""
+"""All rules, in the order in which they are tried at a node. What has an operator of its own goes first, lest its
+parts are folded elsewhere; chains go last, where nothing could take them."""
 
 _OLDEST = 13
 """The lowest opset whose operators the rules know."""
@@ -58,14 +61,11 @@ class Fuse(Pass):
         names = [name for stage in STAGES for rule in stage for name in rule.names]
         enabled = frozenset(n for n in names if (not self.only or n in self.only) and n not in self.skip)
         result = PassResult()
-        for graph in edit.graphs(model):
-            version = graph.opset_imports.get("", _OLDEST)
-            if version < _OLDEST:
-                result.refuse(
-                    graph.name or "graph", f"opset {version} is older than {_OLDEST}, from which fuse works"
-                )
-                return result
         rewriter = Rewriter(model, enabled)
+        if rewriter.version < _OLDEST:
+            why = f"opset {rewriter.version} is older than {_OLDEST}, from which fuse works"
+            result.refuse(model.graph.name or "the graph", why)
+            return result
         refusals: list[tuple[ir.Node, str]] = []
         for last in range(1, len(STAGES) + 1):
             rules = _by_operator(enabled, [rule for stage in STAGES[:last] for rule in stage])

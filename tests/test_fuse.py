@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import typing
 
 import numpy as np
@@ -35,9 +36,7 @@ def build(body: str, x: str = IMAGE, outputs: str = "y", opset: int = 21, **cons
     for output in model.graph.outputs:
         output.shape = None
         output.dtype = next(v.dtype for v in model.graph.inputs)
-    missing = {
-        v.name: v for node in edit.nodes(model) for v in node.inputs if v is not None and v.producer() is None
-    }
+    missing = {v.name: v for node in edit.nodes(model) for v in node.inputs if v is not None and v.producer() is None}
     for name, data in constants.items():
         array = np.asarray(data, dtype=np.float32 if not isinstance(data, np.ndarray) else None)
         value = missing[name]
@@ -56,7 +55,7 @@ def feeds(model: ir.Model, seed: int = 1) -> dict[str, np.ndarray]:
 
 
 def assert_same(before: ir.Model, after: ir.Model) -> None:
-    """Both compute the same in ONNX Runtime without its own optimisation, within 64 roundings of the largest value."""
+    """Both compute the same in ONNX Runtime, unoptimised, within 64 roundings of the largest value."""
     inputs = feeds(before)
     wanted = runtime.session(before, optimise=False, threads=1).run(inputs)
     found = runtime.session(after, optimise=False, threads=1).run(inputs)
@@ -168,6 +167,7 @@ def test_after_a_convolution(body: str, constants: dict, expected: list[str]) ->
         ),
         ("p = Gemm(x, w, c) y = BatchNormalization(p, g, b, m, v)", {"w": M, "c": [0.5], **BN}, ["Gemm"]),
         ("a = Mul(x, s) y = Gemm(a, w, c)", {"w": M, "c": B, "s": numbers(6)}, ["Gemm"]),
+        ("a = Sub(x, s) y = Gemm<alpha=0.5, beta=2.0>(a, w, c)", {"w": M, "c": B, "s": numbers(6)}, ["Gemm"]),
         (
             "a = Sub(x, s) b = Div(a, s) y = Gemm<transB=1>(b, w, c)",
             {"w": numbers(5, 6), "c": B, "s": numbers(6, low=1, high=2)},
@@ -503,13 +503,104 @@ def test_chains_with_nothing_to_fold_into(body: str, constants: dict, expected: 
     assert operators(after) == expected
 
 
-def test_a_normalisation_written_out_is_left_to_the_runtime() -> None:
-    body = """m = ReduceMean<keepdims=1>(x, axes) d = Sub(x, m) q = Mul(d, d) v = ReduceMean<keepdims=1>(q, axes)
-              e = Add(v, eps) r = Sqrt(e) n = Div(d, r) a = Mul(n, g) p = MatMul(a, w) y = Relu(p)"""
+def normalisation(end: str, square: str = "Mul(d, d)", quotient: str = "Div(d, r)") -> str:
+    return f"""m = ReduceMean<keepdims=1>(x, axes) d = Sub(x, m) q = {square} v = ReduceMean<keepdims=1>(q, axes)
+               e = Add(v, eps) r = Sqrt(e) {"i = Reciprocal(r)" if "i)" in quotient else ""} n = {quotient} {end}"""
+
+
+@pytest.mark.parametrize(
+    "body, expected",
+    [
+        (normalisation("a = Mul(n, g) y = Add(a, b)"), ["LayerNormalization"]),
+        (normalisation("a = Mul(g, n) y = Relu(a)", square="Pow(d, two)"), ["LayerNormalization", "Relu"]),
+        (normalisation("y = Add(b, n)", quotient="Mul(i, d)"), ["LayerNormalization"]),
+        (normalisation("y = Relu(n)"), ["LayerNormalization", "Relu"]),
+    ],
+)
+def test_layer_normalisation_written_out(body: str, expected: list[str]) -> None:
+    known = {"eps": [1e-3], "g": numbers(6), "b": numbers(6, seed=1), "two": np.float32(2), "axes": np.array([-1])}
+    used = {name: np.asarray(array) for name, array in known.items() if re.search(rf"[(, ]{name}[,)]", body)}
+    used["eps"] = used["eps"].astype(np.float32)
+    after, _ = fused(build(body, x="float[N,3,6] x", **used))
+    assert operators(after) == expected
+
+
+@pytest.mark.parametrize(
+    "body, axes",
+    [
+        (normalisation("y = Relu(n)"), [1]),
+        (normalisation("y = Add(n, d)"), [-1]),
+        (normalisation("y = Relu(n)", square="Mul(x, x)"), [-1]),
+    ],
+)
+def test_what_only_looks_like_layer_normalisation_is_left(body: str, axes: list[int]) -> None:
+    model = build(body, x="float[N,3,6] x", axes=np.array(axes), eps=[5.0])
+    after, _ = fused(model)
+    assert operators(after) == operators(model)
+
+
+def test_the_scale_of_an_rms_normalisation_stays_with_it() -> None:
+    body = """q = Mul(x, x) v = ReduceMean<keepdims=1>(q, axes) e = Add(v, eps) r = Sqrt(e) i = Reciprocal(r)
+              n = Mul(x, i) a = Mul(n, g) p = MatMul(a, w) y = Relu(p)"""
     model = build(body, x=ROWS, axes=np.array([-1]), eps=[1e-5], g=numbers(6), w=M)
     after, result = fused(model)
     assert operators(after) == operators(model)
     assert "the scale belongs to a normalisation, which runtimes compute as a whole" in reasons(result)
+
+
+ROOT, HALF_PI = np.float32(np.sqrt(2)), np.float32(np.sqrt(2 / np.pi))
+CUBIC = np.float32(0.044715)
+
+
+@pytest.mark.parametrize(
+    "body, constants, expected",
+    [
+        ("d = Div(x, r) e = Erf(d) a = Add(e, o) m = Mul(x, a) y = Mul(m, h)", {"r": ROOT, "o": 1, "h": 0.5}, ["Gelu"]),
+        (
+            "d = Mul(i, x) e = Erf(d) a = Add(o, e) f = Mul(h, x) y = Mul(a, f)",
+            {"i": 1 / ROOT, "o": 1, "h": 0.5},
+            ["Gelu"],
+        ),
+        ("d = Div(x, r) e = Erf(d) a = Add(e, o) m = Mul(a, h) y = Mul(x, m)", {"r": ROOT, "o": 1, "h": 0.5}, ["Gelu"]),
+        (
+            "c = Pow(x, k) p = Mul(c, f) s = Add(x, p) z = Mul(s, g) t = Tanh(z) u = Add(t, o) m = Mul(x, h) y = Mul(m, u)",
+            {"k": 3, "f": CUBIC, "g": HALF_PI, "o": 1, "h": 0.5},
+            ["Gelu"],
+        ),
+        (
+            "q = Mul(x, x) p = Mul(q, f) s = Add(p, o) z = Mul(x, g) w = Mul(z, s) t = Tanh(w) u = Add(t, o) "
+            "m = Mul(x, h) y = Mul(m, u)",
+            {"f": CUBIC, "g": HALF_PI, "o": 1, "h": 0.5},
+            ["Gelu"],
+        ),
+        ("a = Add(x, k) c = Clip(a, z, s) m = Mul(x, c) y = Div(m, s)", {"k": 3, "z": 0, "s": 6}, ["HardSwish"]),
+        ("h = HardSigmoid<alpha=0.16666667, beta=0.5>(x) y = Mul(x, h)", {}, ["HardSwish"]),
+        ("a = Add(x, k) c = Clip(a, z, s) d = Div(c, s) y = Exp(d)", {"k": 3, "z": 0, "s": 6}, ["HardSigmoid", "Exp"]),
+        ("s = Softplus(x) t = Tanh(s) y = Mul(t, x)", {}, ["Mish"]),
+        # nearly, but not
+        (
+            "d = Div(x, r) e = Erf(d) a = Add(e, o) m = Mul(x, a) y = Mul(m, h)",
+            {"r": 1.5, "o": 1, "h": 0.5},
+            ["Div", "Erf", "Add", "Mul", "Mul"],
+        ),
+        (
+            "a = Add(x, k) c = Clip(a, z, s) m = Mul(x, c) y = Div(m, s)",
+            {"k": 2, "z": 0, "s": 6},
+            ["Add", "Clip", "Mul", "Div"],
+        ),
+        ("e = Erf(x) y = Mul(x, e)", {}, ["Erf", "Mul"]),
+    ],
+)
+def test_functions_of_one_number(body: str, constants: dict, expected: list[str]) -> None:
+    after, _ = fused(build(body, **{name: np.asarray(number, np.float32) for name, number in constants.items()}))
+    assert operators(after) == expected
+
+
+def test_a_function_whose_parts_are_read_elsewhere_is_left() -> None:
+    body = "d = Div(x, r) e = Erf(d) a = Add(e, o) m = Mul(x, a) g = Mul(m, h) y = Add(g, e)"
+    model = build(body, r=np.asarray(ROOT), o=np.asarray(np.float32(1)), h=np.asarray(np.float32(0.5)))
+    after, _ = fused(model)
+    assert operators(after) == operators(model)
 
 
 def test_branches_with_weights_of_the_outer_graph() -> None:
@@ -541,7 +632,8 @@ def test_branches_with_weights_of_the_outer_graph() -> None:
 
 
 def test_inside_local_functions_constants_stay_nodes() -> None:
-    text = """<ir_version: 10, opset_import: ["": 21, "f": 1]> g (float[N,6] x) => (float[N,2] y) { y = f.lin(x) }
+    text = """<ir_version: 10, opset_import: ["": 21, "f": 1]>
+      g (float[N,6] x) => (float[N,2] y) { y = f.lin(x) }
       <domain: "f", opset_import: ["": 21]> lin (u) => (o) {
         w = Constant<value = float[6,2] {1,2,3,4,5,6,7,8,9,10,11,12}>() s = Constant<value = float[2] {2,3}>()
         p = MatMul(u, w) o = Mul(p, s) }"""
@@ -598,9 +690,7 @@ def test_any_row_of_affine_maps_around_a_linear_map(data: st.DataObject) -> None
                 shape = draw(st.sampled_from([(1,), (channels, *tail), (1, channels, *tail)]))
                 constants[f"{new}_c"] = numbers(*shape, seed=len(lines), low=0.5, high=1.5)
                 first, second = (
-                    draw(st.permutations([name, f"{new}_c"]))
-                    if op in ("Add", "Mul", "Sub")
-                    else (name, f"{new}_c")
+                    draw(st.permutations([name, f"{new}_c"])) if op in ("Add", "Mul", "Sub") else (name, f"{new}_c")
                 )
                 lines.append(f"{new} = {op}({first}, {second})")
             name = new
@@ -608,9 +698,7 @@ def test_any_row_of_affine_maps_around_a_linear_map(data: st.DataObject) -> None
     channels_in = 4 if is_conv else 6
     affines(channels_in, draw(st.integers(0, 3)))
     lines.append(
-        f"l = Conv<pads=[{draw(st.integers(0, 1))},0,0,0]>({name}, w)"
-        if is_conv
-        else f"l = MatMul({name}, w)"
+        f"l = Conv<pads=[{draw(st.integers(0, 1))},0,0,0]>({name}, w)" if is_conv else f"l = MatMul({name}, w)"
     )
     constants["w"] = numbers(5, 4, 3, 3) if is_conv else M
     name = "l"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, given, note, reject, settings
 from hypothesis import strategies as st
 
 from graphc import edit, runtime
@@ -22,6 +22,17 @@ BATCHES = (1, 3)
 Array = np.ndarray[Any, Any]
 Shape = tuple[int | str, ...]
 """Sizes; "N" is the batch, which differs between runs."""
+
+
+OPERATORS = (
+    *("conv",) * 3,
+    *("affine",) * 3,
+    *("batch_normalization", "matmul", "activation") * 2,
+    *("conv_transpose", "neutral", "gemm", "transpose", "reshape", "flatten", "squeeze", "slice", "split", "concat"),
+    *("combine", "pad", "reduce", "normalisation", "gelu", "cast", "shape_arithmetic", "expand", "gather", "where"),
+    "branch",
+)
+"""Methods of ``Builder``, as often as they should be drawn."""
 
 
 class Builder:
@@ -303,7 +314,7 @@ class Builder:
             self.into, pool = body, self.pool
             self.pool = [*pool, (self.node("Mul", [x, self.weights(1)]), shape)]
             for _ in range(self.number(0, 2)):
-                self.one(self.affine, self.activation, self.neutral)(x, shape)
+                getattr(self, self.one("affine", "activation", "neutral"))(x, shape)
             result = next(v for v, s in reversed(self.pool) if s == shape and v.producer() in set(body))
             result.type = ir.TensorType(ir.DataType.FLOAT)
             body.outputs.append(result)
@@ -314,17 +325,10 @@ class Builder:
     # -- the whole --------------------------------------------------------------------------------------------
 
     def model(self, steps: int) -> ir.Model:
-        operators = [
-            self.conv, self.conv, self.conv, self.conv_transpose, self.batch_normalization, self.batch_normalization,
-            self.affine, self.affine, self.affine, self.neutral, self.matmul, self.matmul, self.gemm, self.activation,
-            self.activation, self.transpose, self.reshape, self.flatten, self.squeeze, self.slice, self.split,
-            self.concat, self.combine, self.pad, self.reduce, self.normalisation, self.gelu, self.cast,
-            self.shape_arithmetic, self.expand, self.gather, self.where, self.branch,
-        ]  # fmt: skip
         for _ in range(steps):
             found = self.pick()
             assert found is not None
-            self.one(*operators)(*found)
+            getattr(self, self.one(*OPERATORS))(*found)
         made = [v for v, _ in self.pool if v.producer() is not None]
         if not made:
             made = [self.node("Identity", [self.pool[0][0]])]
@@ -356,7 +360,11 @@ def check(data: st.DataObject, steps: int) -> None:
         inputs = feeds(batch)
         # How far the result moves when the inputs move by two roundings tells how well it is determined.
         nudged = {name: array * np.float32(1 + 2.0**-22) for name, array in inputs.items()}
-        wanted, moved, found = reference.run(inputs), reference.run(nudged), candidate.run(inputs)
+        try:
+            wanted, moved = reference.run(inputs), reference.run(nudged)
+        except runtime.CannotRun:
+            reject()  # without optimisation, too, ONNX Runtime drops Casts that only subgraphs read
+        found = candidate.run(inputs)
         assert list(wanted) == list(found)
         for name, array in wanted.items():
             assert found[name].shape == array.shape and found[name].dtype == array.dtype

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -426,16 +426,29 @@ class _Builder:
                     near.discard(leaf)
                     held = beside.get(leaf)
                     beside[leaf] = near if held is None else held & near
-        return {
-            leaf: tuple(
-                sorted(
-                    (o for o in near if isinstance(o.size, int) and o.size > 1 and o not in mixed),
-                    key=lambda o: (o.size, id(o)),
-                )
-            )
-            for leaf, near in beside.items()
-            if near
-        }
+        rank = {leaf: i for i, leaf in enumerate(self._first_seen(beside))}
+        ragged: dict[Axis, tuple[Axis, ...]] = {}
+        for leaf, near in beside.items():
+            # Where two leaves are beside each other, the one seen later is the digit inside.
+            outer = [
+                o
+                for o in near
+                if isinstance(o.size, int)
+                and o.size > 1
+                and o not in mixed
+                and not (leaf in beside.get(o, ()) and rank.get(o, -1) > rank[leaf])
+            ]
+            if outer:
+                ragged[leaf] = tuple(sorted(outer, key=lambda o: rank.get(o, -1)))
+        return ragged
+
+    def _first_seen(self, wanted: Iterable[Axis]) -> list[Axis]:
+        """Leaves in the order of their first occurrence in constants, then in any value."""
+        ordered: dict[Axis, None] = {}
+        for value in (*self.trace.order, *self.trace.axes):
+            for axis in self.trace.axes[value] or ():
+                ordered.update(dict.fromkeys(leaves(axis)))
+        return [*ordered, *(leaf for leaf in wanted if leaf not in ordered)]
 
     def _group(
         self,
@@ -560,7 +573,11 @@ def _occurrences(tree: Axis) -> Iterator[tuple[Axis, int, int, int, tuple[int, .
 
 
 def _siblings(tree: Axis) -> Iterator[tuple[Axis, list[Axis]]]:
-    """Leaves of a tree, each with the leaves that are digits of the products it lies in."""
+    """Leaves of a tree, each with the leaves that are digits outside of it in the products it lies in.
+
+    A digit further inside does not count: if the indices of an outer digit depended on it, flattening would
+    interleave them.
+    """
 
     def walk(axis: Axis, near: list[Axis]) -> Iterator[tuple[Axis, list[Axis]]]:
         node = find(axis)
@@ -570,10 +587,11 @@ def _siblings(tree: Axis) -> Iterator[tuple[Axis, list[Axis]]]:
             for part in node.parts:
                 yield from walk(part, near)
         else:
-            own = digits(node)
-            for part in own:
-                beside = [d for d in own if d is not part and d.kind is Kind.LEAF]
-                yield from walk(part, [*near, *beside])
+            beside = list(near)
+            for part in digits(node):
+                yield from walk(part, beside)
+                if part.kind is Kind.LEAF:
+                    beside = [*beside, part]
 
     yield from walk(tree, [])
 

@@ -159,17 +159,23 @@ class Operands:
             hole = resolved.index(None)
             rest = divide(product(before), product(s for s in resolved if s is not None))
             resolved[hole] = wanted[hole] if rest is None and isinstance(wanted[hole], Sym) else rest
-        self._replace_shape(node, current, resolved, wanted)
+        self._replace_shape(node, 1, current, resolved, wanted)
         return (1,)
 
     def _replace_shape(
-        self, node: ir.Node, current: list[Size], resolved: Sequence[Size | None], wanted: list[Size], *, infer: bool = True
+        self,
+        node: ir.Node,
+        at: int,
+        current: list[Size],
+        resolved: Sequence[Size | None],
+        wanted: list[Size],
+        *,
+        infer: bool = True,
     ) -> None:
         """Plan a new shape operand unless the present one already says ``wanted``."""
         if all(r == w for r, w in zip(resolved, wanted, strict=True)):
             return
-        value = node.inputs[1]
-        constant = edit.tensor(value) is not None
+        constant = edit.tensor(node.inputs[at]) is not None
         parts: list[tuple[str, Any]] = []
         for i, (have, is_, want) in enumerate(zip(current, resolved, wanted, strict=True)):
             if isinstance(want, int):
@@ -192,9 +198,9 @@ class Operands:
                 "the shape after the cut cannot be written", where=node.name or node.op_type, hint="exclude this group"
             )
         if not dynamic:
-            self.plan.append((node, 1, [held for _, held in parts]))
+            self.plan.append((node, at, [held for _, held in parts]))
         else:
-            self.plan.append((node, 1, lambda n, p=parts: self._assemble(n, p)))
+            self.plan.append((node, at, lambda n, p=parts: self._assemble(n, at, p)))
 
     @staticmethod
     def _ratio(want: Size, have: Size | None) -> tuple[int, int] | None:
@@ -205,20 +211,19 @@ class Operands:
         a, b = want.terms[mono], have.terms[mono]
         return (a, b) if all(want.terms[m] * b == have.terms[m] * a for m in want.terms) else None
 
-    def _assemble(self, node: ir.Node, parts: list[tuple[str, Any]]) -> ir.Value:
+    def _assemble(self, node: ir.Node, at: int, parts: list[tuple[str, Any]]) -> ir.Value:
         """Nodes that put a shape together from literals and scaled elements of the old shape."""
-        source = node.inputs[1]
+        source = node.inputs[at]
         assert source is not None
         pieces: list[ir.Value] = []
         for what, held in parts:
             if what == "literal":
-                pieces.append(self._constant(node, 1, np.array([held], dtype=np.int64)))
+                pieces.append(self._constant(node, at, np.array([held], dtype=np.int64)))
                 continue
             i, a, b = held
-            piece = self._insert(node, "Gather", [source, self._constant(node, 1, np.array([i], dtype=np.int64))])
-            if a != b:
-                piece = self._insert(node, "Mul", [piece, self._constant(node, 1, np.array([a], dtype=np.int64))])
-                piece = self._insert(node, "Div", [piece, self._constant(node, 1, np.array([b], dtype=np.int64))])
+            piece = self._insert(node, "Gather", [source, self._constant(node, at, np.array([i], dtype=np.int64))])
+            for op, factor in (("Mul", a), ("Div", b)) if a != b else ():
+                piece = self._insert(node, op, [piece, self._constant(node, at, np.array([factor], dtype=np.int64))])
             pieces.append(piece)
         return self._insert(node, "Concat", pieces, [ir.AttrInt64("axis", 0)])
 
@@ -241,16 +246,15 @@ class Operands:
         before = [1] * max(0, len(current) - len(before)) + before
         before = before[len(before) - len(current) :]
         resolved = [b if c == 1 else c for c, b in zip(current, before, strict=True)]
-        self._replace_shape(node, current, resolved, wanted, infer=False)
+        self._replace_shape(node, 1, current, resolved, wanted, infer=False)
         return (1,)
 
     def _constantofshape(self, node: ir.Node) -> Sequence[int]:
         held = self._current(node.inputs[0])
         wanted = self._sizes(node.outputs[0])
-        if held is not None and symbolic.sizes(held) != wanted:
-            if any(isinstance(w, Sym) for w in wanted):
-                raise BadInput("the shape after the cut cannot be written", where=node.name or node.op_type)
-            self.plan.append((node, 0, wanted))
+        if held is not None and held.size == len(wanted):
+            current = symbolic.sizes(held)
+            self._replace_shape(node, 0, current, current, wanted, infer=False)
         return (0,)
 
     def _tile(self, node: ir.Node) -> Sequence[int]:
@@ -352,7 +356,6 @@ class Operands:
 
     def _gather(self, node: ir.Node) -> Sequence[int]:
         """Constant indices along a cut axis point to the new positions."""
-        application = self.trace.bound[node]
         data = node.inputs[0]
         axes = self.trace.axes.get(data) if data is not None else None
         indices = edit.constant(node.inputs[1])
@@ -362,7 +365,6 @@ class Operands:
         out = (self.trace.axes.get(node.outputs[0]) or ())[at]
         if not (self.selection.touches(axes[at]) or self.selection.touches(out)):
             return (1,)
-        del application
         kept = self.selection.mask(axes[at])
         picked = indices[self.selection.mask(out)]
         picked = np.where(picked < 0, picked + len(kept), picked)

@@ -51,16 +51,25 @@ class Rewriter:
     Args:
         model: Changed in place by the rules.
         enabled: The names of the rules that may run.
+
+    Attributes:
+        version: The lowest opset of the standard domain that the graph or a local function imports.
     """
 
     def __init__(self, model: ir.Model, enabled: frozenset[str]) -> None:
         self.model = model
         self.enabled = enabled
+        self.version = min(
+            (
+                imports[""]
+                for imports in (model.graph.opset_imports, *(f.opset_imports for f in model.functions.values()))
+                if "" in imports
+            ),
+            default=0,
+        )
         self._names: edit.Names | None = None
         self._facts: shapes.Facts | None = None
-        self._function_graphs = {
-            graph for f in model.functions.values() for graph in (f.graph, *f.graph.subgraphs())
-        }
+        self._function_graphs = {graph for f in model.functions.values() for graph in (f.graph, *f.graph.subgraphs())}
         self._derived: dict[tuple[ir.Value, bytes], tuple[ir.Value, ir.TensorProtocol]] = {}
 
     # -- looking ------------------------------------------------------------------------------------------
@@ -101,21 +110,14 @@ class Rewriter:
         made.shape, made.type = ir.Shape(dims(held)), ir.TensorType(held.dtype)
         return made
 
-    def derived(
-        self, node: ir.Node, old: ir.Value, key: bytes, make: Callable[[str], ir.TensorProtocol]
-    ) -> ir.Value:
+    def derived(self, node: ir.Node, old: ir.Value, key: bytes, make: Callable[[str], ir.TensorProtocol]) -> ir.Value:
         """The constant that ``make(name)`` makes from the constant ``old``, for ``node`` to read.
 
         It takes the place and name of ``old`` where ``node`` is its only reader, and is made once for all
         readers that ask with the same key.
         """
         known, tensor = self._derived.get((old, key), (None, None))
-        if (
-            known is not None
-            and known.const_value is tensor
-            and known.graph is node.graph
-            and known.is_initializer()
-        ):
+        if known is not None and known.const_value is tensor and known.graph is node.graph and known.is_initializer():
             return known
         if len(old.uses()) == 1 and old.is_initializer() and not old.is_graph_output():
             assert old.name is not None

@@ -117,9 +117,7 @@ def _dtype(row: list[Affine]) -> ir.DataType | None:
     return None
 
 
-def _batchnorm(
-    row: list[Affine], scale: Array, shift: Array, dtype: ir.DataType, rewriter: Rewriter
-) -> ir.Value:
+def _batchnorm(row: list[Affine], scale: Array, shift: Array, dtype: ir.DataType, rewriter: Rewriter) -> ir.Value:
     """One BatchNormalization, of mean 0 and variance 1, in place of the row."""
     last = row[-1].node
     size = max(scale.size, shift.size)

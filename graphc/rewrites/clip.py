@@ -45,9 +45,7 @@ def merge(node: ir.Node, rewriter: Rewriter) -> str | None:
     low, high = (min(max(bound, second[0]), second[1]) for bound in first)
     what = f"{before.op_type}, {node.op_type} merged"
     if (low, high) == (0.0, math.inf):
-        new = rewriter.insert(
-            node, "Relu", [before.inputs[0]], name=rewriter.fresh("relu"), like=node.outputs[0]
-        )
+        new = rewriter.insert(node, "Relu", [before.inputs[0]], name=rewriter.fresh("relu"), like=node.outputs[0])
     else:
         inputs: list[ir.Value | None] = [before.inputs[0]]
         for bound, name in ((low, "min"), (high, "max")):

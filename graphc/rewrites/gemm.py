@@ -99,7 +99,5 @@ RULES = (
         ("Add",),
         matmul_add,
     ),
-    Rule(
-        {"gemm-transpose": "Transpose before Gemm becomes its transA or transB."}, ("Gemm",), absorb_transpose
-    ),
+    Rule({"gemm-transpose": "Transpose before Gemm becomes its transA or transB."}, ("Gemm",), absorb_transpose),
 )

@@ -88,9 +88,9 @@ class Linear:
         tail = (1,) * (len(self.held.shape) - 2)
         match self.node.op_type:
             case "Conv":  # weight (groups * out, in, ...): filters of a group read its own inputs
-                return np.repeat(
-                    scale.reshape(self._groups, -1), self.channels // self._groups, axis=0
-                ).reshape(self.channels, -1, *tail)
+                return np.repeat(scale.reshape(self._groups, -1), self.channels // self._groups, axis=0).reshape(
+                    self.channels, -1, *tail
+                )
             case "ConvTranspose":
                 return scale.reshape(-1, 1, *tail)
             case _:
@@ -102,14 +102,12 @@ class Linear:
 
     def shift_out(self, shift: Array) -> Array:
         """What a ``shift`` of the input adds to the outputs, shape (channels,), where there is no padding."""
-        rows = np.broadcast_to(
-            self.factor_in(shift), (*dims(self.held)[:2], *(1,) * (len(self.held.shape) - 2))
-        )
+        rows = np.broadcast_to(self.factor_in(shift), (*dims(self.held)[:2], *(1,) * (len(self.held.shape) - 2)))
         with reading(self.held) as array:
             axes = tuple(range(2, array.ndim))
             summed = array.sum(axis=axes, dtype=np.float64) if axes else array.astype(np.float64)
             del array
-        summed = summed * rows.reshape(summed.shape)
+        summed = summed * rows.reshape(summed.shape) * edit.attribute(self.node, "alpha", 1.0)
         return np.asarray(summed.sum(axis=1 if self.is_conv or self._transposed else 0))
 
     def unpadded(self) -> bool:
@@ -168,9 +166,7 @@ class Linear:
             return
         dtype = self.held.dtype
         if self.bias is not None:
-            new = rewriter.derived(
-                self.node, self.bias, bias.tobytes(), lambda name: rounded(bias, dtype, name)
-            )
+            new = rewriter.derived(self.node, self.bias, bias.tobytes(), lambda name: rounded(bias, dtype, name))
         else:
             hint = f"{(self.weight.name or '').removesuffix('.weight')}.bias"
             new = rewriter.constant(self.node, rounded(bias, dtype, hint), hint)
@@ -201,9 +197,7 @@ def linear(node: ir.Node) -> Linear | None:
     held = edit.tensor(weight)
     if weight is None or held is None:
         producer = weight.producer() if weight is not None else None
-        raise Refused(
-            f"the weight is computed by {producer.op_type}" if producer else "the weight is not constant"
-        )
+        raise Refused(f"the weight is computed by {producer.op_type}" if producer else "the weight is not constant")
     if held.dtype not in FLOATS:
         raise Refused(f"the weight is {held.dtype.name.lower()}")
     bias = node.inputs[2] if len(node.inputs) > 2 else None

@@ -41,9 +41,7 @@ def absorb(node: ir.Node, rewriter: Rewriter) -> str | None:
         case "AveragePool":
             _check_average(node, value, any(own))
         case "MaxPool":
-            _check_maximum(
-                node, pad, value, [a + b for a, b in zip(own, (*begin[2:], *end[2:]), strict=True)]
-            )
+            _check_maximum(node, pad, value, [a + b for a, b in zip(own, (*begin[2:], *end[2:]), strict=True)])
     total = [a + b for a, b in zip(own, (*begin[2:], *end[2:]), strict=True)]
     node.attributes.pop("auto_pad", None)
     node.attributes["pads"] = ir.AttrInt64s("pads", total)

@@ -59,9 +59,7 @@ def check_scaled(source: ir.TensorProtocol, factor: Array) -> None:
         Refused: Values overflow, or become so small that digits are lost.
     """
     size = np.abs(factor[factor != 0])
-    if source.dtype != ir.DataType.FLOAT16 and (
-        size.size == 0 or (size.min() > _RANGE[0] and size.max() < _RANGE[1])
-    ):
+    if source.dtype != ir.DataType.FLOAT16 and (size.size == 0 or (size.min() > _RANGE[0] and size.max() < _RANGE[1])):
         return
     with reading(source) as array:
         check_rounded(array.astype(np.float64) * factor, source.dtype, factor.shape)

@@ -124,25 +124,30 @@ def _reshapes(node: ir.Node, sweep: Sweep) -> Outcome:
         return None
     if x.shape == y.shape:
         return Forward(before.inputs[0], "inverse Reshapes removed")
-    if before.op_type == node.op_type == "Unsqueeze":
-        # Where no constant target would do, axes still add up.
-        added = _added_axes(before, node, sweep)
-        return None if added is None else Become([before.inputs[0], np.array(added, np.int64)], {}, "Unsqueezes merged")
+    source = before.inputs[0]
+    axes = _ones_left_out(x.shape, y.shape)
+    if axes is not None and sweep.facts.version >= 13:
+        return Become([source, np.array(axes, np.int64)], {}, "Reshapes merged", "Squeeze")
+    axes = _ones_left_out(y.shape, x.shape)
+    if axes is not None and sweep.facts.version >= 13:
+        return Become([source, np.array(axes, np.int64)], {}, "Reshapes merged", "Unsqueeze")
     sizes = target(x.shape, y.shape, _has_rest(node, sweep))
     if isinstance(sizes, str):
         return None
-    return Become([before.inputs[0], np.array(sizes, np.int64)], {}, "Reshapes merged", "Reshape")
+    return Become([source, np.array(sizes, np.int64)], {}, "Reshapes merged", "Reshape")
 
 
-def _added_axes(first: ir.Node, second: ir.Node, sweep: Sweep) -> Sequence[int] | None:
-    """The axes that one Unsqueeze inserts in place of two."""
-    axes = [sweep.facts(node.inputs[1]).known if len(node.inputs) > 1 else None for node in (first, second)]
-    rank = sweep.facts(second.outputs[0]).rank
-    if axes[0] is None or axes[1] is None or rank is None:
-        return None
-    outer = {axis % rank for axis in axes[1]}
-    rest = [axis for axis in range(rank) if axis not in outer]
-    return sorted(outer | {rest[axis % len(rest)] for axis in axes[0]})
+def _ones_left_out(longer: Shape, shorter: Shape) -> Sequence[int] | None:
+    """The axes of size 1 without which ``longer`` is ``shorter``; None if there are none such."""
+    axes, at = [], 0
+    for axis, dim in enumerate(longer):
+        if at < len(shorter) and dim == shorter[at]:
+            at += 1
+        elif dim == 1:
+            axes.append(axis)
+        else:
+            return None
+    return axes if at == len(shorter) and axes else None
 
 
 _REDUCTIONS = (

@@ -13,16 +13,14 @@ def remove(model: ir.Model, result: PassResult) -> bool:
 
     Every operator counts as pure, custom ones included: ONNX graphs are functional, and runtimes drop such nodes too.
     """
-    count = 0
-    for function in model.functions.values():
-        count += _nodes(function.graph)
-    nodes = _nodes(model.graph)
-    result.change("dead node removed", nodes + count)
-    initializers = _initializers(model.graph)
-    result.change("unused initializer removed", initializers)
-    functions = _functions(model)
-    result.change("unused function removed", functions)
-    return bool(count + nodes + initializers + functions)
+    found = PassResult()
+    for root in (model.graph, *(function.graph for function in model.functions.values())):
+        _nodes(root, found)
+    _initializers(model.graph, found)
+    _functions(model, found)
+    for what, count in found.counts.items():
+        result.change(what, count)
+    return found.changed
 
 
 def _unread(value: ir.Value) -> bool:

@@ -180,19 +180,21 @@ def expand(n: View) -> Line:
 
 def _repeat(before: list[Size], target: list[Any]) -> Line:
     """Axes of size 1 (or absent) become replicas; a replica of unknown size is kept whole."""
-    rank = max(len(before), len(target))
-    before = [1] * (rank - len(before)) + before
+    missing = max(0, len(target) - len(before))
+    rank = missing + len(before)
     target = [1] * (rank - len(target)) + list(target)
     names = letters(rank)
     inputs, outputs, sizes = [], [], {}
-    for name, have, want in zip(names, before, target, strict=True):
-        if have == 1 and want != 1:
-            inputs.append("1")
+    for i, (name, want) in enumerate(zip(names, target, strict=True)):
+        have = before[i - missing] if i >= missing else 1
+        replica = have == 1 and want != 1
+        if i >= missing:
+            inputs.append("1" if replica else name)
+        if replica:
             sizes[f"{name}_"] = want
             outputs.append(f"{name}_" if isinstance(want, int) else f"[{name}_]")
         else:
-            inputs.append(name)
-            outputs.append(name)
+            outputs.append(name if i >= missing else "1")
     return Line(f"{' '.join(inputs)},  -> {' '.join(outputs)}", sizes)
 
 
@@ -296,7 +298,9 @@ def slice_axis(name: str, size: Size, start: Any, end: Any, step: int) -> tuple[
         sizes = {p: c for p, c in zip(parts, [c for c in cuts if c], strict=True)}
         inner = " + ".join(parts)
         return f"({name} ({inner}))", name, {name: count, **sizes}, None
-    return name, f"{name}@{name}_", {}, np.array(positions)
+    if count == size:
+        return name, f"{name}@{name}_", {}, np.array(positions)
+    return f"[{name}]", f"[{name}_]", {f"{name}_": count}, None
 
 
 def _slice_length(size: Size, start: Any, end: Any) -> Size | None:
@@ -408,20 +412,18 @@ def gather(n: View) -> Line:
         indices = np.where(array < 0, array + size, array)
         name = names[axis]
         if len(indices) == 1 and size == 1:
-            return line(name, "", [name])
+            return line(name, "!", [name])
         if np.array_equal(indices, np.arange(indices[0], indices[0] + len(indices))):
             source, out, sizes, _ = slice_axis(name, size, int(indices[0]), int(indices[-1]) + 1, 1)
-            return line(source, "", [out], sizes)
+            return line(source, "!", [out], sizes)
         how = repetition(indices, size)
         if how:
             times = f"{name}_"
             out = f"({name} {times})" if how == "each" else f"({times} {name})"
-            return line(name, "", [out], {times: len(indices) // size})
-        return line(name, "", [f"{name}@{name}_"], picks={f"{name}_": indices})
-    own = [f"i{k}" for k in range(index_rank)]
-    if size == 1 and array is not None:
-        return line("1", " ".join(own), own)
-    return line(f"[{names[axis]}]", " ".join(own), own)
+            return line(name, "!", [out], {times: len(indices) // size})
+        return line(name, "!", [f"{name}@{name}_"], picks={f"{name}_": indices})
+    own = [f"i{k}" if array is None else f"[i{k}]" for k in range(index_rank)]
+    return line(f"[{names[axis]}]" if size != 1 or array is None else "1", " ".join(own), own)
 
 
 @rule("DepthToSpace")

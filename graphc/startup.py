@@ -1,0 +1,29 @@
+"""What makes the command line start fast."""
+
+from __future__ import annotations
+
+import sys
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import LazyLoader
+from types import ModuleType
+
+# onnx-ir imports sympy, a third of a second, for arithmetic on symbolic dimensions that graphc does not use.
+_SELDOM_USED = frozenset({"sympy", "onnx_ir._symbolic_shapes"})
+
+
+class _Deferred:
+    """Finds the modules above and has them executed when an attribute of theirs is first read."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name not in _SELDOM_USED:
+            return None
+        spec = PathFinder.find_spec(name, path, target)  # type: ignore[arg-type]
+        if spec is not None and spec.loader is not None:
+            spec.loader = LazyLoader(spec.loader)
+        return spec
+
+
+def defer_seldom_used_imports() -> None:
+    """Postpone imports that a run of the command line hardly ever needs; for the process's entry point only."""
+    sys.meta_path.insert(0, _Deferred)

@@ -1,0 +1,171 @@
+"""Physical pruning, the exact half: every unit that contributes nothing is removed, everywhere it occurs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from graphc import branches, deadness, edit
+from graphc.axes import cut
+from graphc.axes.groups import Group, Groups, analyse
+from graphc.contract import Context, Effect, Pass, PassResult, option
+from graphc.deadness import Dead, Fold, Sites
+from graphc.edit import Array
+from graphc.known import Knowledge
+
+ROUNDS = 64
+"""Each round removes units or branches; what they fed may be dead in the next. Deeper chains do not occur."""
+
+
+@dataclass(frozen=True)
+class Shrink(Pass):
+    """Remove what carries only zeros or constants: channels, heads, hidden units, experts, residual branches."""
+
+    effect: ClassVar[Effect] = Effect.EXACT
+
+    interface: bool = option(False, "Whether graph inputs and outputs (KV caches, embeddings) may get narrower.")
+
+    def run(self, model: ir.Model, ctx: Context) -> PassResult:
+        result = PassResult()
+        for done in range(ROUNDS):
+            ctx.progress("remove dead units", done, ROUNDS)
+            branches.remove(model, result)
+            groups = analyse(model, interface=self.interface)
+            known = Knowledge(model, groups.trace)
+            sites = Sites(groups)
+            dead = deadness.find(sites, known)
+            if not _fold(model, sites, dead, known, result) and not _cut(model, groups, dead, result, self.interface):
+                _refuse(groups, dead, result)
+                break
+        return result
+
+
+def _cut(
+    model: ir.Model, groups: Groups, dead: Mapping[str, Dead], result: PassResult, interface: bool
+) -> bool:
+    """Remove the units that contribute nothing."""
+    keep = {}
+    for name, found in dead.items():
+        group = groups[name]
+        if group.exact and (mask := keepable(group, found.silent)) is not None:
+            keep[name] = mask
+    if not keep:
+        return False
+    cut.cut(model, groups, keep)
+    for name, mask in keep.items():
+        result.change(f"{groups[name].kind} removed", int(mask.size - np.count_nonzero(mask)))
+    return True
+
+
+def keepable(group: Group, dead: Array) -> Array | None:
+    """The mask that removes as many of the dead units as the group's constraints allow; None if it removes none.
+
+    Args:
+        group: The group.
+        dead: ``(size,)`` or ``(*blocks, size)``. Each block of a balanced group loses equally many.
+    """
+    fewest = int(dead.sum(axis=-1).min())
+    kept = max(group.size - fewest, group.min_keep, 1)
+    kept = -(-kept // group.multiple_of) * group.multiple_of
+    count = group.size - kept
+    if count <= 0:
+        return None
+    order = np.argsort(~dead, axis=-1, kind="stable")[..., :count]
+    keep = np.ones(dead.shape, dtype=bool)
+    np.put_along_axis(keep, order, False, axis=-1)
+    return keep
+
+
+def _refuse(groups: Groups, dead: Mapping[str, Dead], result: PassResult) -> None:
+    """Say why the units that are still dead stay."""
+    for name, found in dead.items():
+        group = groups[name]
+        if not found.silent.any():
+            continue
+        if not group.exact:
+            nodes = ", ".join(sorted({n.node.op_type for n in group.normalisers}))
+            result.refuse(name, f"{nodes} divides by the width: without its zeros it computes something else (narrow-norm)")
+        elif found.silent.all(axis=None):
+            result.refuse(name, "all of its units are dead, and one must stay")
+        elif group.blocks and not found.silent.any(axis=-1).all():
+            result.refuse(name, "balanced: some blocks have no dead unit to give")
+        else:
+            result.refuse(name, f"a constraint keeps the rest: {'; '.join(group.constraints) or 'at least one stays'}")
+
+
+def _fold(
+    model: ir.Model, sites: Sites, dead: Mapping[str, Dead], known: Knowledge, result: PassResult
+) -> bool:
+    """Move what units contribute as constants into the biases of their readers, and write the units dead.
+
+    Returns:
+        Whether there were such units; they are gone in the next round.
+    """
+    groups = sites.groups
+    keep: dict[str, Array] = {}
+    moved: list[tuple[Fold, Array]] = []
+    for name, found in dead.items():
+        group = groups[name]
+        mask = keepable(group, found.constant) if group.exact and group.neutral == 0 else None
+        if mask is None or found.silent[~mask].all():
+            continue
+        keep[name] = mask
+        for fold, indices in deadness.folds(sites, group, ~mask, known):
+            moved.append((fold, fold.bias(indices)))
+        result.change("constant folded into a bias", int((~mask & ~found.silent).sum()))
+    if not keep:
+        return False
+    cut.zero(model, groups, keep)
+    names = edit.Names(model)
+    for fold, bias in moved:
+        _add_bias(fold.node, bias, names)
+    return True
+
+
+def _add_bias(node: ir.Node, bias: Array, names: edit.Names) -> None:
+    """Add a vector to every output channel of a MatMul, Gemm or Conv."""
+    out, graph = node.outputs[0], node.graph
+    assert graph is not None
+    dtype = (out.dtype or ir.DataType.FLOAT).numpy()
+    held = edit.constant(node.inputs[2]) if node.op_type != "MatMul" and len(node.inputs) > 2 else None
+    scale = float(edit.attribute(node, "beta", 1.0)) if node.op_type == "Gemm" else 1.0
+    if node.op_type != "MatMul" and (len(node.inputs) < 3 or node.inputs[2] is None):
+        if node.op_type == "Gemm":
+            node.attributes["beta"] = ir.AttrFloat32("beta", 1.0)
+        vector = edit.initializer(_root(graph), bias.astype(dtype), names.fresh(f"{out.name}.bias"))
+        if len(node.inputs) < 3:
+            node.resize_inputs(3)
+        node.replace_input_with(2, vector)
+    elif held is not None and scale:
+        total = (held.astype(np.float64) + bias / scale).astype(held.dtype)
+        name = names.fresh(f"{node.inputs[2].name}.folded")  # type: ignore[union-attr]
+        node.replace_input_with(2, edit.initializer(_root(graph), total, name))
+    else:
+        vector = edit.initializer(_root(graph), _as_channels(node, bias).astype(dtype), names.fresh(f"{out.name}.bias"))
+        _insert_add(node, vector, names)
+
+
+def _as_channels(node: ir.Node, bias: Array) -> Array:
+    """The vector shaped to broadcast against the node's output."""
+    kernel = node.inputs[1].shape if node.op_type == "Conv" and node.inputs[1] is not None else None
+    return bias.reshape(-1, *(1,) * (len(kernel) - 2)) if kernel is not None else bias
+
+
+def _insert_add(node: ir.Node, vector: ir.Value, names: edit.Names) -> None:
+    out, graph = node.outputs[0], node.graph
+    assert graph is not None
+    total = ir.Value(name=names.fresh(f"{out.name}.plus"), shape=out.shape, type=out.type)
+    add = ir.Node("", "Add", [out, vector], outputs=[total], name=total.name)
+    if not edit.replace(out, total):
+        raise AssertionError("the output of a node can always be replaced by another node's")
+    add.replace_input_with(0, out)
+    graph.insert_after(node, add)
+
+
+def _root(graph: ir.Graph | ir.Function) -> ir.Graph:
+    assert isinstance(graph, ir.Graph)
+    return graph
