@@ -3,7 +3,8 @@
     python bench/check.py NAME ORIGINAL CANDIDATE SECONDS
 
 Prints JSON: ``nodes`` (subgraphs and local functions included, Constant nodes not), ``constants`` (Constant
-nodes), ``bytes``, ``same`` (outputs equal), ``error``, ``why``, ``latency``, ``latency_low``,
+nodes), ``bytes``, ``same`` (outputs equal), ``error`` (the largest difference by the largest magnitude), ``rms``
+(the root mean square of the difference by that of the output), ``why``, ``latency``, ``latency_low``,
 ``latency_high``, ``input_ms``.
 """
 
@@ -65,22 +66,32 @@ def error(reference: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float
     return float(np.abs(a - b).max() / max(np.abs(a).max(), np.finfo(reference.dtype).tiny))
 
 
+def distance(reference: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
+    """Root mean square of the difference by that of the reference; infinite where they cannot be compared."""
+    if reference.shape != other.shape or reference.dtype != other.dtype:
+        return float("inf")
+    a, b = reference.astype(np.float64), other.astype(np.float64)
+    return float(np.sqrt(np.mean((a - b) ** 2) / max(np.mean(a**2), np.finfo(np.float32).tiny)))
+
+
 def compare(original: Path, candidate: Path, cases: Outputs) -> dict[str, Any]:
     """Whether both compute the same with the runtime's optimisation off, up to rounding."""
     reference = outputs(original, cases, optimise=False)
     optimised = outputs(original, cases, optimise=True)
     got = outputs(candidate, cases, optimise=False)
     if any(list(a) != list(b) for a, b in zip(reference, got, strict=True)):
-        return {"same": False, "error": None, "why": "output names differ"}
-    worst, same = 0.0, True
+        return {"same": False, "error": None, "rms": None, "why": "output names differ"}
+    worst, rms, same = 0.0, 0.0, True
     for expected, noisy, found in zip(reference, optimised, got, strict=True):
         for name, array in expected.items():
             allowed = NOISE_FACTOR * max(error(array, noisy[name]), SMALLEST_NOISE)
             this = error(array, found[name])
             worst, same = max(worst, this), same and this <= allowed
+            rms = max(rms, distance(array, found[name]))
     return {
         "same": same,
         "error": worst if np.isfinite(worst) else None,
+        "rms": rms if np.isfinite(rms) else None,
         "why": "" if same else "outputs differ",
     }
 

@@ -12,23 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import cache
 import catalog
+import harness
 import process
 
 RESULTS = Path(__file__).parent / "results" / "compile.json"
-LARGE = 1 << 30
-"""From this many bytes on, peers are told to write external data, and each tool runs once."""
-
 _ORT = """\
 import sys, onnxruntime as ort
 options = ort.SessionOptions()
@@ -45,37 +40,14 @@ onnxscript.optimizer.optimize(model)
 onnx_ir.save(model, sys.argv[2], external_data=sys.argv[3] if len(sys.argv) > 3 else None)
 """
 
-Command = Callable[[str, Path, Path, bool], list[str | Path]]
-"""From interpreter, input, output, and whether external data is needed."""
-
-
-def _graphc(*flags: str) -> Command:
-    fixed = ("--no-cache", "--no-measure", "-q", *flags)
-    return lambda python, model, out, large: [python, "-m", "graphc", "optimize", model, "-o", out, *fixed]
-
-
-def _command_line(code: str) -> Command:
-    return lambda python, model, out, large: [
-        *(python, "-c", code, model, out),
-        *(["--save-as-external-data"] if large else []),
-    ]
-
-
-def _script(code: str) -> Command:
-    return lambda python, model, out, large: [
-        *(python, "-c", code, model, out),
-        *([out.name + ".data"] if large else []),
-    ]
-
-
 GRAPHC, UNVERIFIED = "graphc", "graphc --no-verify"
-TOOLS: dict[str, tuple[str, Command]] = {
-    GRAPHC: ("graphc", _graphc()),
-    UNVERIFIED: ("graphc", _graphc("--no-verify")),
-    "onnxslim": ("onnxslim", _command_line("import onnxslim.cli; onnxslim.cli.main()")),
-    "onnxsim": ("onnxsim", _command_line("import onnxsim; onnxsim.main()")),
-    "ONNX Runtime BASIC": ("onnxruntime", _script(_ORT)),
-    "onnxscript": ("onnxscript", _script(_ONNXSCRIPT)),
+TOOLS: dict[str, tuple[str, harness.Command]] = {
+    GRAPHC: ("graphc", harness.graphc()),
+    UNVERIFIED: ("graphc", harness.graphc("--no-verify")),
+    "onnxslim": ("onnxslim", harness.entry_point("import onnxslim.cli; onnxslim.cli.main()")),
+    "onnxsim": ("onnxsim", harness.entry_point("import onnxsim; onnxsim.main()")),
+    "ONNX Runtime BASIC": ("onnxruntime", harness.script(_ORT)),
+    "onnxscript": ("onnxscript", harness.script(_ONNXSCRIPT)),
 }
 """By name: the package that must be importable, and the command."""
 
@@ -90,7 +62,7 @@ def measure(entry: catalog.Entry, tools: dict[str, str], rounds: int, seconds: f
         seconds: How long to time each output against the input.
     """
     original = cache.model(entry.name)
-    large = _size(original) > LARGE
+    large = harness.size(original) > harness.LARGE
     usages: dict[str, list[process.Usage]] = {tool: [] for tool in tools}
     with tempfile.TemporaryDirectory(dir=cache.root()) as scratch:
         order = list(tools)
@@ -106,54 +78,17 @@ def measure(entry: catalog.Entry, tools: dict[str, str], rounds: int, seconds: f
             order = order[1:] + order[:1]
         results: dict[str, Any] = {}
         for tool, runs in usages.items():
-            results[tool] = _summary(runs)
+            results[tool] = harness.summary(runs)
             if not results[tool]["failure"]:
-                results[tool] |= _check(entry.name, original, outputs[tool], seconds)
+                results[tool] |= harness.check(entry.name, original, outputs[tool], seconds)
     return {
         "name": entry.name,
         "source": entry.source,
         "measured": datetime.now(UTC).strftime("%Y-%m-%d"),
         "rounds": 1 if large else rounds,
-        "input": _check(entry.name, original, original, seconds),
+        "input": harness.check(entry.name, original, original, seconds),
         "tools": results,
     }
-
-
-def _size(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.parent.glob(path.name + "*"))
-
-
-def _summary(runs: list[process.Usage]) -> dict[str, Any]:
-    failure = next((run.failure for run in runs if run.failure), "")
-    return {
-        "wall_s": statistics.median(run.wall_s for run in runs),
-        "cpu_s": statistics.median(run.cpu_s for run in runs),
-        "rss_mb": max(run.rss_mb for run in runs),
-        "anon_mb": max(run.anon_mb for run in runs),
-        "failure": _public(failure),
-    }
-
-
-def _public(text: str) -> str:
-    """A message without the folders of this machine, and no longer than a line."""
-    words = (Path(word.strip("'\"")).name if "/" in word else word for word in text.split())
-    return " ".join(words)[:160]
-
-
-def _check(name: str, original: Path, candidate: Path, seconds: float) -> dict[str, Any]:
-    script = Path(__file__).with_name("check.py")
-    command: list[str | Path] = [sys.executable, script, name, original, candidate, str(seconds)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {"same": False, "error": None, "why": f"checking it ended with status {done.returncode}"}
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result | {"why": _public(result["why"])}
-
-
-def _version(python: str, package: str) -> str | None:
-    code = f"import importlib.metadata as m; print(m.version({package!r}))"
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def main() -> None:
@@ -172,14 +107,14 @@ def main() -> None:
     tools, versions = {}, {}
     for tool, (package, _) in TOOLS.items():
         python = sys.executable if package == "graphc" else arguments.peers
-        version = _version(python, package)
+        version = harness.version(python, package)
         if version is None:
             print(f"skipping {tool}: {package} is not installed for it")
             continue
         tools[tool] = python
         versions[package] = version
     for package in ("onnx", "onnx-ir", "onnxruntime"):
-        versions.setdefault(package, _version(sys.executable, package) or "missing")
+        versions.setdefault(package, harness.version(sys.executable, package) or "missing")
 
     results: dict[str, Any] = {
         "schema": 1,

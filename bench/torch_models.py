@@ -114,7 +114,7 @@ IMAGE = {"image": {0: _BATCH}}
 """The inputs of a model with their dynamic axes."""
 
 
-def _example(inputs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+def example(inputs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     if inputs is TOKENS:
         return torch.arange(32).reshape(2, 16), torch.ones(2, 16, dtype=torch.int64)
     return (torch.zeros(2, 3, 224, 224),)
@@ -125,7 +125,7 @@ def torchscript(model: torch.nn.Module, inputs: dict[str, Any], path: Path) -> N
     axes = {axis: dim.__name__ for axis, dim in next(iter(inputs.values())).items()}
     torch.onnx.export(
         model,
-        _example(inputs),
+        example(inputs),
         path,
         dynamo=False,
         do_constant_folding=False,
@@ -140,7 +140,7 @@ def dynamo(model: torch.nn.Module, inputs: dict[str, Any], path: Path) -> None:
     """Export with the torch.export exporter, unoptimised, batch and sequence dynamic."""
     torch.onnx.export(
         model,
-        _example(inputs),
+        example(inputs),
         path,
         dynamo=True,
         optimize=False,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from graphc.axes.groups import analyse as groups
     from graphc.frontends import load as load
     from graphc.pipeline import optimize as optimize
     from graphc.pipeline import verify as verify
@@ -19,14 +20,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Recipe", "Report", "__version__", "load", "optimize", "verify"]
+__all__ = ["Recipe", "Report", "__version__", "groups", "load", "optimize", "verify"]
 
 _HOMES = {
-    "Recipe": "graphc.recipe",
-    "Report": "graphc.report",
-    "load": "graphc.frontends",
-    "optimize": "graphc.pipeline",
-    "verify": "graphc.pipeline",
+    "Recipe": ("graphc.recipe", "Recipe"),
+    "Report": ("graphc.report", "Report"),
+    "groups": ("graphc.axes.groups", "analyse"),
+    "load": ("graphc.frontends", "load"),
+    "optimize": ("graphc.pipeline", "optimize"),
+    "verify": ("graphc.pipeline", "verify"),
 }
 
 
@@ -35,5 +37,6 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         from importlib import import_module
 
-        return getattr(import_module(_HOMES[name]), name)
+        module, attribute = _HOMES[name]
+        return getattr(import_module(module), attribute)
     raise AttributeError(f"module 'graphc' has no attribute '{name}'")

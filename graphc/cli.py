@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _optimize(commands)
     _inspect(commands)
+    _explain(commands)
     _verify(commands)
     _bench(commands)
     _list(commands)
@@ -104,6 +105,11 @@ def _optimize(commands: Any) -> None:
     what.add_argument("--stop-after", metavar="PASS", help="stop after this pass; --resume goes on from the output")
     what.add_argument("--resume", action="store_true", help="go on with a model written by --stop-after")
     what.add_argument("--seed", type=int, default=0, help="seed of everything random (0)")
+    passes = command.add_argument_group("options of passes, also settable in the recipe")
+    passes.add_argument("--mask", metavar="FILE", help="prune: a safetensors file of booleans, true = keep")
+    passes.add_argument(
+        "--allow-interface", action="store_true", help="prune, shrink: inputs and outputs may get narrower"
+    )
     check = command.add_argument_group("checks and limits")
     check.add_argument(
         "--data", type=Path, metavar="PATH", help="inputs to check and measure on (.npz, folder of .npy)"
@@ -129,8 +135,26 @@ def _optimize(commands: Any) -> None:
 def _inspect(commands: Any) -> None:
     command = _command(commands, "inspect", _run_inspect, "Show what is in a model.")
     command.add_argument("model", type=Path, help="an .onnx file or an artifact folder")
-    command.add_argument("--text", action="store_true", help="print the whole graph as text")
+    what = command.add_mutually_exclusive_group()
+    what.add_argument("--text", action="store_true", help="print the whole graph as text")
+    what.add_argument("--groups", action="store_true", help="show what can be cut together, and what cannot and why")
+    draw = command.add_mutually_exclusive_group()
+    draw.add_argument("--dot", nargs="?", const="-", metavar="FILE", help="draw the groups for Graphviz")
+    draw.add_argument("--svg", nargs="?", const="-", metavar="FILE", help="draw the groups as a picture")
+    command.add_argument("--allow-interface", action="store_true", help="count inputs and outputs as free to cut")
     _json_flag(command)
+
+
+def _explain(commands: Any) -> None:
+    command = _command(
+        commands,
+        "explain",
+        _run_explain,
+        "Say what goes with a weight, a node or a group when it is cut, or why it cannot be cut.",
+    )
+    command.add_argument("model", type=Path, help="an .onnx file or an artifact folder")
+    command.add_argument("name", help="a weight, a node or a group, as 'graphc inspect --groups' shows it")
+    command.add_argument("--allow-interface", action="store_true", help="count inputs and outputs as free to cut")
 
 
 def _verify(commands: Any) -> None:
@@ -178,11 +202,16 @@ def _settings(a: Any) -> Settings:
     from graphc.pipeline import Settings
     from graphc.recipe import DEFAULT, Recipe, parse_backend
 
+    recipe = Recipe.parse(a.passes) if a.passes is not None else Recipe.named(a.recipe or a.preset or DEFAULT)
+    if a.mask:
+        recipe = recipe.with_option("mask", a.mask)
+    if a.allow_interface:
+        recipe = recipe.with_option("allow_interface", True)
     gates = [Gate.drop(text) for text in a.max_drop]
     gates += [Gate.size(a.max_size)] if a.max_size else []
     gates += [Gate.latency(a.max_latency)] if a.max_latency else []
     return Settings(
-        recipe=Recipe.parse(a.passes) if a.passes is not None else Recipe.named(a.recipe or a.preset or DEFAULT),
+        recipe=recipe,
         recipe_given=bool(a.passes is not None or a.recipe or a.preset),
         target=parse_backend(a.target),
         data=a.data,
@@ -213,7 +242,7 @@ def _run_optimize(a: Any) -> int:
             progress=progress,
             report_file=a.report,
             depfile=a.depfile,
-            inputs=[Path(a.recipe)] if a.recipe and Path(a.recipe).is_file() else [],
+            inputs=[Path(p) for p in (a.recipe, a.mask) if p and Path(p).is_file()],
         )
     if a.json:
         _print_json(report.to_json())
@@ -231,6 +260,8 @@ def _run_inspect(a: Any) -> int:
 
         print(text(load(a.model).original))
         return ExitCode.OK
+    if a.groups or a.dot or a.svg:
+        return _show_groups(a)
     from graphc.inspection import inspect
 
     found = inspect(a.model)
@@ -240,6 +271,39 @@ def _run_inspect(a: Any) -> int:
         from graphc.views.terminal import show_inspection
 
         show_inspection(found)
+    return ExitCode.OK
+
+
+def _groups(a: Any) -> Any:
+    from graphc.axes.groups import analyse
+    from graphc.frontends import load
+
+    return analyse(load(a.model).model, interface=a.allow_interface)
+
+
+def _show_groups(a: Any) -> int:
+    from graphc.views import groups as view
+
+    found = _groups(a)
+    if a.dot or a.svg:
+        picture, destination = (view.dot(found), a.dot) if a.dot else (view.svg(found), a.svg)
+        if destination == "-":
+            print(picture, end="")
+        else:
+            from graphc.files import write
+
+            write(Path(destination), picture)
+    elif a.json:
+        _print_json(view.document(found))
+    else:
+        from graphc.views.terminal import show_groups
+
+        show_groups(found)
+    return ExitCode.OK
+
+
+def _run_explain(a: Any) -> int:
+    print(_groups(a).explain(a.name))
     return ExitCode.OK
 
 

@@ -23,6 +23,9 @@ _MAPPED_FROM = 1 << 24
 _TENSOR_FROM = 1 << 14
 """Bytes of a tensor from which it stays in a large file."""
 
+_EXTERNAL_FROM = 1 << 12
+"""Bytes of an external tensor from which it stays in its file."""
+
 _SIGNATURES = {
     b"PK\x03\x04": (
         "a zip archive",
@@ -169,7 +172,6 @@ def _locate(proto: onnx.ModelProto, path: Path) -> None:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             _check_inline(tensor, expected, where)
             continue
-        external += 1
         entries = {entry.key: entry.value for entry in tensor.external_data}
         location = entries.get("location", "")
         if location not in sizes:
@@ -194,6 +196,14 @@ def _locate(proto: onnx.ModelProto, path: Path) -> None:
                 hint="fetch or export the data file again",
             )
         del tensor.external_data[:]
+        if expected < _EXTERNAL_FROM:
+            # Shapes and scales are looked at by everyone, and each mapped tensor holds an open file.
+            with data.open("rb") as file:
+                file.seek(offset)
+                tensor.raw_data = file.read(expected)
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            continue
+        external += 1
         for key, value in (("location", str(data)), ("offset", str(offset)), ("length", str(length))):
             tensor.external_data.add(key=key, value=value)
     _allow_open_files(external)

@@ -19,7 +19,7 @@ from graphc.axes.algebra import Axis, leaves
 from graphc.axes.groups import Group, Groups, unit_map
 from graphc.edit import Array, attribute
 from graphc.known import Facets, Knowledge, collapse
-from graphc.known_rules import matmul_letters, unpadded
+from graphc.known_rules import bottom, matmul_letters, unpadded
 
 Mask = Array
 """Booleans, broadcastable to a value's shape with the same rank: an axis of length 1 speaks for all its indices."""
@@ -109,7 +109,7 @@ def units(sites: Sites, group: Group, known: Knowledge) -> Dead:
         # Every operand of a sum of products shows the same terms: it is enough that one proves them zero.
         quiet, steady = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
         for site in here:
-            mask = _silent(node, site, group, known)
+            mask = _silent(node, site, known)
             quiet |= _by_unit(mask, site.operand, sites, group)
             if (fold := Fold.at(node, site.operand, known)) is not None:
                 steady |= _by_unit(_either(mask, fold.constant()), site.operand, sites, group)
@@ -161,11 +161,11 @@ def _by_unit(mask: Mask, operand: ir.Value, sites: Sites, group: Group) -> Array
     return ~alive
 
 
-def zeros(facets: Facets, value: float = 0.0) -> Mask | None:
-    """Where a value is known to be ``value``; None if nowhere."""
+def zeros(facets: Facets) -> Mask | None:
+    """Where a value is known to be zero; None if nowhere."""
     result: Mask | None = None
     for facet in facets:
-        here = facet == value
+        here = facet == 0
         result = here if result is None else result | here
     return result
 
@@ -179,9 +179,10 @@ def _nowhere(known: Knowledge, value: ir.Value) -> Mask:
     return np.zeros((1,) * len(shape or ()), dtype=bool)
 
 
-def _silent(node: ir.Node, site: Site, group: Group, known: Knowledge) -> Mask:
+def _silent(node: ir.Node, site: Site, known: Knowledge) -> Mask:
     """Where an operand's terms are neutral."""
-    own = _either(_nowhere(known, site.operand), zeros(known(site.operand), -np.inf if site.what == "^" else 0.0))
+    marked = bottom(site.operand, known) if site.what == "^" else zeros(known(site.operand))
+    own = _either(_nowhere(known, site.operand), marked)
     if site.what != "summed":
         return own
     return _either(own, _silenced(node, site.operand, known))

@@ -21,6 +21,10 @@ _MULTIPLES = (32, 64, 224, 256, 512, 8, 16, 128, 640, 1024, 1)
 """What dimensions may have to be a multiple of, or at least as large as, the most likely first."""
 
 
+_PAST = re.compile("past|cache", re.IGNORECASE)
+_LENGTH = re.compile("past|cache|seq|len|time|token", re.IGNORECASE)
+
+
 def symbols_in(dim: str) -> list[str]:
     """The symbols of a dimension: itself, or the names in an expression such as ``past + 1``."""
     if not re.search(r"[-+*/]", dim):
@@ -90,14 +94,18 @@ class Symbols:
                 for symbol in symbols_in(dim) if isinstance(dim, str) else ():
                     places.setdefault(symbol, []).append((each, axis))
         batch = {s for s, at in places.items() if _is_batch(s, at)}
-        spatial = {s for s, at in places.items() if s not in batch and all(_is_spatial(*p) for p in at)}
+        spatial = {
+            s
+            for s, at in places.items()
+            if s not in batch and not _LENGTH.search(s) and all(_is_spatial(*p) for p in at)
+        }
         lengths = [s for s in places if s not in batch | spatial]
         return Symbols(
             batch=tuple(s for s in places if s in batch),
             spatial=tuple(s for s in places if s in spatial),
             lengths=tuple(lengths),
             masks=tuple(s for s in lengths if all(_is_mask(*p) for p in places[s])),
-            past=tuple(s for s in lengths if re.search("past|cache", s, re.IGNORECASE)),
+            past=tuple(s for s in lengths if _PAST.search(s)),
         )
 
     def plans(self) -> Iterator[Plan]:
@@ -150,11 +158,13 @@ def _is_batch(symbol: str, places: Sequence[tuple[Input, int]]) -> bool:
 
 
 def _is_spatial(each: Input, axis: int) -> bool:
-    """Whether an axis is one of a picture or a volume, in either layout."""
+    """Whether an axis is one of a picture or a volume, in either layout, rather than that of a cache."""
     rank = len(each.dims)
     if rank not in (4, 5) or axis == 0 or not each.plain:
         return False
-    return (axis > 1 and isinstance(each.dims[1], int)) or (axis < rank - 1 and each.dims[-1] in (1, 3, 4))
+    if axis < rank - 1 and isinstance(each.dims[-1], int):  # channels last, or a cache [batch, heads, length, size]
+        return each.dims[-1] in (1, 3, 4)
+    return axis > 1
 
 
 def _is_mask(each: Input, axis: int) -> bool:

@@ -50,10 +50,13 @@ class Knowledge:
 
         self.facts = Facts(model)
         self._facets: dict[ir.Value, Facets] = {}
+        self.never: dict[ir.Value, Array] = {}
+        """By integer tensor: for each index along the axis that it selects from, whether it is never chosen."""
         for node in model.graph:
             self.facts.visit(node)
             if trace is not None:
                 self._shapes_from(node, trace)
+            known_rules.exclude(node, self)
             found = known_rules.facets(node, self)
             for value, facets in zip(node.outputs, found, strict=False):
                 rank = self.facts(value).rank

@@ -511,6 +511,13 @@ def _transpose(node: ir.Node, known: Knowledge) -> Sequence[Facets]:
     return [tuple(f.transpose(order) for f in known(node.inputs[0]))]
 
 
+@_rule("ConstantOfShape")
+def _constant_of_shape(node: ir.Node, known: Knowledge) -> Sequence[Facets]:
+    held = attribute(node, "value")
+    value = 0.0 if held is None else float(held.numpy().reshape(-1)[0])
+    return [(np.full((1,) * _rank(node, known), value),)]
+
+
 @_rule("Expand")
 def _expand(node: ir.Node, known: Knowledge) -> Sequence[Facets]:
     rank = _rank(node, known)
@@ -602,9 +609,53 @@ def _gather(node: ir.Node, known: Knowledge) -> Sequence[Facets]:
         if indices is not None and facet.shape[axis] > 1:
             results.append(np.take(facet, indices, axis))
         else:
-            flat = collapse(facet, [axis])
+            flat = collapse(_chosen(facet, axis, node, known), [axis])
             results.append(flat.reshape(flat.shape[:axis] + (1,) * len(chosen) + flat.shape[axis + 1 :]))
     return [tidy(results)]
+
+
+@_rule("GatherND")
+def _gather_nd(node: ir.Node, known: Knowledge) -> Sequence[Facets]:
+    chosen = known.shape(node.inputs[1])
+    if not chosen or not isinstance(chosen[-1], int) or attribute(node, "batch_dims", 0):
+        return ()
+    depth = chosen[-1]
+    results = []
+    for facet in known(node.inputs[0]):
+        flat = collapse(_chosen(facet, 0, node, known) if depth == 1 else facet, range(depth))
+        results.append(flat.reshape((1,) * (len(chosen) - 1) + flat.shape[depth:]))
+    return [tidy(results)]
+
+
+def _chosen(facet: Array, axis: int, node: ir.Node, known: Knowledge) -> Array:
+    """The indices of an axis that the node's second input ever chooses."""
+    never = known.never.get(node.inputs[1]) if node.inputs[1] is not None else None
+    return facet if never is None or len(never) != facet.shape[axis] else facet.compress(~never, axis)
+
+
+@_rule("ScatterElements")
+def _scatter(node: ir.Node, known: Knowledge) -> Sequence[Facets]:
+    """What is never indexed keeps what it had."""
+    never = known.never.get(node.inputs[1]) if node.inputs[1] is not None else None
+    shape = known.shape(node.inputs[0])
+    if never is None or shape is None:
+        return ()
+    axis = attribute(node, "axis", 0) % len(shape)
+    if shape[axis] != len(never):
+        return ()
+    here = never.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+    return [tidy(np.where(here, f, np.nan) for f in known(node.inputs[0]))]
+
+
+@_rule("OneHot")
+def _one_hot(node: ir.Node, known: Knowledge) -> Sequence[Facets]:
+    never = known.never.get(node.inputs[0]) if node.inputs[0] is not None else None
+    values = edit.constant(node.inputs[2], 2)
+    rank = _rank(node, known)
+    if never is None or values is None:
+        return ()
+    axis = attribute(node, "axis", -1) % rank
+    return [(np.where(never, float(values[0]), np.nan).reshape([-1 if a == axis else 1 for a in range(rank)]),)]
 
 
 @_rule("Pad")
@@ -651,6 +702,60 @@ def _block_shuffle(node: ir.Node, known: Knowledge) -> Sequence[Facets]:
             flat = collapse(flat.reshape(block * block, -1), [0]).reshape(-1)
         results.append(flat.reshape(1, -1, 1, 1))
     return [tidy(results)]
+
+
+# Indices that are never chosen -----------------------------------------------------------------------------------------
+
+_PASS_ON = frozenset("Cast Identity Reshape Squeeze Unsqueeze Transpose Flatten Expand Slice Split Tile".split())
+
+
+def exclude(node: ir.Node, known: Knowledge) -> None:
+    """Follow which experts a router never picks: those whose logits are minus infinity, while others suffice."""
+    if node.domain not in ("", "ai.onnx") or not node.inputs or node.inputs[0] is None:
+        return
+    if node.op_type in _PASS_ON and node.inputs[0] in known.never:
+        for out in node.outputs:
+            known.never[out] = known.never[node.inputs[0]]
+    elif node.op_type == "Concat" and all(v in known.never for v in node.inputs):
+        masks = [known.never[v] for v in node.inputs if v is not None]
+        if all(len(m) == len(masks[0]) for m in masks):
+            known.never[node.outputs[0]] = np.logical_and.reduce(masks)
+    elif node.op_type in ("TopK", "ArgMax"):
+        _exclude_by_rank(node, known)
+
+
+def _exclude_by_rank(node: ir.Node, known: Knowledge) -> None:
+    shape = known.shape(node.inputs[0])
+    if shape is None:
+        return
+    axis = attribute(node, "axis", -1 if node.op_type == "TopK" else 0) % len(shape)
+    count = edit.scalar(_operand(node, 1)) if node.op_type == "TopK" else 1
+    if not isinstance(shape[axis], int) or not isinstance(count, int) or not attribute(node, "largest", 1):
+        return
+    lowest = bottom(node.inputs[0], known)
+    if lowest is None:
+        return
+    mask = lowest.all(axis=tuple(a for a in range(len(shape)) if a != axis)).reshape(-1)
+    if mask.size == shape[axis] and mask.size - int(mask.sum()) >= count:
+        known.never[node.outputs[1 if node.op_type == "TopK" else 0]] = mask
+
+
+def bottom(value: ir.Value | None, known: Knowledge) -> Array | None:
+    """Where a value is the least it can be: minus infinity, or 0 where it is a probability. None if nowhere."""
+    least = 0.0 if _probability(value) else -np.inf
+    result = None
+    for facet in known(value):
+        here = facet == least
+        result = here if result is None else result | here
+    return result
+
+
+def _probability(value: ir.Value | None) -> bool:
+    """Whether a value is a Softmax's or a Sigmoid's, of a finite input hence positive."""
+    node = value.producer() if value is not None else None
+    while node is not None and node.op_type in ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"):
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return node is not None and node.domain in ("", "ai.onnx") and node.op_type in ("Softmax", "Sigmoid")
 
 
 # Attention and recurrence ---------------------------------------------------------------------------------------------

@@ -78,6 +78,26 @@ class Recipe:
             return Recipe.read(Path(name))
         raise BadInput(f"there is no recipe '{name}'", hint=f"{nearest(name, shipped)}; or give a .toml file")
 
+    def with_option(self, option: str, value: Any) -> Recipe:
+        """The recipe with an option set on every pass that has it: what a flag of the command line stands for.
+
+        Raises:
+            BadInput: No pass of the recipe has it, or it cannot take the value.
+        """
+        having = [each for each in self.passes if option in (f.name for f in dataclasses.fields(each))]
+        flag = option.replace("_", "-")
+        if not having:
+            raise BadInput(f"--{flag} has no effect", why=f"no pass of the recipe has an option '{flag}'")
+        return dataclasses.replace(
+            self,
+            passes=tuple(
+                dataclasses.replace(p, **{option: _coerce(value, hints(type(p))[option], f"{p.name}{{{flag}}}", "")})
+                if p in having
+                else p
+                for p in self.passes
+            ),
+        )
+
     def text(self) -> str:
         """The recipe as text; ``Recipe.parse(r.text()) == r`` up to the description."""
         return ",".join(p.spec() for p in self.passes)

@@ -7,7 +7,6 @@ what to install.
 from __future__ import annotations
 
 import ctypes
-import gc
 import importlib.metadata
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -171,7 +170,6 @@ class Session(Runnable):
         """Free the session, the memory it mapped and its temporary files."""
         self._handle = None
         self._keep.clear()
-        gc.collect()
 
 
 def session(

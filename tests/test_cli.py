@@ -34,7 +34,7 @@ def test_optimize_writes_beside_the_input_and_reports(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "m.opt.onnx").exists() and model.read_bytes() == RESNET.read_bytes()
     assert "checked" in done.stdout and "latency" in done.stdout and "m.opt.onnx" in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 100
+    assert max(map(len, done.stdout.splitlines())) <= 80
 
 
 def test_an_artifact_folder_runs_with_its_own_script(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_bench_compares_interleaved() -> None:
 
 def test_inspect_shows_what_is_in_a_model() -> None:
     done = graphc("inspect", RESNET)
-    assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) <= 100
+    assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) <= 80
     for word in ("Conv", "batch", "logits", "FLOPs", "opset"):
         assert word in done.stdout
     found = json.loads(graphc("inspect", RESNET, "--json").stdout)

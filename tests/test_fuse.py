@@ -505,7 +505,7 @@ def test_chains_with_nothing_to_fold_into(body: str, constants: dict, expected: 
 
 def normalisation(end: str, square: str = "Mul(d, d)", quotient: str = "Div(d, r)") -> str:
     return f"""m = ReduceMean<keepdims=1>(x, axes) d = Sub(x, m) q = {square} v = ReduceMean<keepdims=1>(q, axes)
-               e = Add(v, eps) r = Sqrt(e) {"i = Reciprocal(r)" if "i)" in quotient else ""} n = {quotient} {end}"""
+               e = Add(v, eps) r = Sqrt(e) {"i = Reciprocal(r)" if "(i" in quotient else ""} n = {quotient} {end}"""
 
 
 @pytest.mark.parametrize(
@@ -563,7 +563,8 @@ CUBIC = np.float32(0.044715)
         ),
         ("d = Div(x, r) e = Erf(d) a = Add(e, o) m = Mul(a, h) y = Mul(x, m)", {"r": ROOT, "o": 1, "h": 0.5}, ["Gelu"]),
         (
-            "c = Pow(x, k) p = Mul(c, f) s = Add(x, p) z = Mul(s, g) t = Tanh(z) u = Add(t, o) m = Mul(x, h) y = Mul(m, u)",
+            "c = Pow(x, k) p = Mul(c, f) s = Add(x, p) z = Mul(s, g) t = Tanh(z) u = Add(t, o) m = Mul(x, h) "
+            "y = Mul(m, u)",
             {"k": 3, "f": CUBIC, "g": HALF_PI, "o": 1, "h": 0.5},
             ["Gelu"],
         ),

@@ -354,7 +354,9 @@ def test_growth_is_bounded() -> None:
 
 
 def test_a_widening_cast_of_a_weight_stays() -> None:
-    model = read("g (float[N,128] x) => (float[N,128] y) <int64[2] s = {128,128}> { c = Cast<to=1>(w)  y = MatMul(x, c) }")
+    model = read(
+        "g (float[N,128] x) => (float[N,128] y) <int64[2] s = {128,128}> { c = Cast<to=1>(w)  y = MatMul(x, c) }"
+    )
     weight = next(iter(model.graph)).inputs[0]
     assert weight is not None
     weight.const_value = ir.tensor(np.arange(128 * 128).reshape(128, 128).astype(np.int8), name="w")
@@ -384,7 +386,9 @@ def test_a_declared_shape_is_only_a_hint() -> None:
 
 
 def test_what_emitted_files_declare_is_inferred_anew() -> None:
-    model = read("g (float[N,4] x) => (float[N,2,2] y) <int64[3] s = {-1,2,2}> { a = Exp(x)  b = Reshape(a, s)  y = Neg(b) }")
+    model = read(
+        "g (float[N,4] x) => (float[N,2,2] y) <int64[3] s = {-1,2,2}> { a = Exp(x)  b = Reshape(a, s)  y = Neg(b) }"
+    )
     for node in model.graph:
         node.outputs[0].shape = ir.Shape([99]) if not node.outputs[0].is_graph_output() else node.outputs[0].shape
     Simplify().run(model, CONTEXT)
@@ -570,3 +574,27 @@ def test_real_models(path: Path) -> None:
     for name, array in want.items():
         scale = max(float(np.abs(array).max()), 1.0) if array.size else 1.0
         np.testing.assert_allclose(got[name], array, rtol=0, atol=scale * 1e-5)
+
+
+def test_unread_outputs_of_bodies_go() -> None:
+    model = read(
+        """g (float[N] x, bool c) => (float[N] y) {
+        a, y, b = If (c) <
+            then_branch = t () => (float[N] p, float[N] q, float[N] r) { p = Exp(x)  q = Neg(x)  r = Abs(x) },
+            else_branch = e () => (float[N] s, float[N] u, float[N] v) { s = Exp(x)  u = Abs(x)  v = Abs(x) }> }"""
+    )
+    after, _ = check(model)
+    assert sorted(operators(after)) == ["Abs", "If", "Neg"]
+
+
+def test_states_of_a_loop_that_do_not_change() -> None:
+    model = read(
+        """g (float[N] x, int64 m) => (float[N] y, float[N] z) <bool c = {1}> {
+        y, w, u = Loop (m, c, x, x, x) <body = b (int64 i, bool k, float[N] v, float[N] s, float[N] d) => (bool k2, float[N] v2, float[N] s2, float[N] d2) {
+            k2 = Identity(k)  v2 = Add(v, s)  s2 = Identity(s)  d2 = Exp(v) }>
+        z = Neg(w) }"""
+    )
+    after, _ = check(model)
+    assert sorted(operators(after)) == ["Add", "Identity", "Loop", "Neg"]
+    loop = next(node for node in after.graph if node.op_type == "Loop")
+    assert len(loop.inputs) == 3

@@ -162,7 +162,8 @@ REFUSED = {
                          "{ y = Resize(x, s) }", "enlarges one axis and shrinks another"),
     "resize-dynamic": (10, "g (float[1,1,6,8] x, float[4] s) => (float[a,b,c,d] y) { y = Resize(x, s) }",
                        "scales are not constant"),
-    "tf-half-pixel": (11, "g (float[1,1,6,8] x) => (float[1,1,3,4] y) <float[0] r = {}, float[4] s = {1.0,1.0,0.5,0.5}> "
+    "tf-half-pixel": (11, "g (float[1,1,6,8] x) => (float[1,1,3,4] y) "
+                      "<float[0] r = {}, float[4] s = {1.0,1.0,0.5,0.5}> "
                           "{ y = Resize<coordinate_transformation_mode=\"tf_half_pixel_for_nn\">(x, r, s) }",
                       "tf_half_pixel_for_nn"),
     "spatial": (8, "g (float[2,3] x, float[3] s) => (float[2,3] y) "
@@ -200,7 +201,7 @@ def test_names_metadata_and_weights_survive(tmp_path: Path) -> None:
     proto.metadata_props.add(key="character", value="abc")
     path.write_bytes(proto.SerializeToString())
     loaded = load(path).model
-    assert [n.name for n in loaded.graph][0] == "project"
+    assert loaded.graph[0].name == "project"
     assert loaded.graph[0].doc_string == "why"
     assert loaded.metadata_props == {"character": "abc"}
     assert loaded.opset_imports == {"": 21, "own": 3}
@@ -212,7 +213,8 @@ def test_names_metadata_and_weights_survive(tmp_path: Path) -> None:
 
 def test_functions_are_converted_with_their_own_imports(tmp_path: Path) -> None:
     text = """g (float[2,3] x) => (float[2,1] y) { y = own.total(x) }
-        <domain: "own", opset_import: ["": 11]> total (a) => (b) { c = ReduceSum<axes=[1]>(a) b = Softmax<axis=0>(c) }"""
+        <domain: "own", opset_import: ["": 11]> total (a) => (b)
+        { c = ReduceSum<axes=[1]>(a) b = Softmax<axis=0>(c) }"""
     loaded = source(tmp_path, 11, text, imports=', "own": 1')
     agree(loaded)
     [function] = loaded.model.functions.values()

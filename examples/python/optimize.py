@@ -14,7 +14,7 @@ import graphc
 def main(source: Path, output: Path) -> int:
     report = graphc.optimize(source, output, recipe="simplify,fuse,simplify", measure=False)
     for each in report.passes:
-        print(f"{each.name}: {'; '.join(each.changes) or 'nothing to do'}")
+        print(f"{each.name}: {each.error or '; '.join(each.changes) or 'nothing to do'}")
         for refusal in each.refusals:
             print(f"  left alone ({refusal.count}x): {refusal.reason}")
     print(f"nodes: {report.input['nodes']} -> {report.output['nodes']}")

@@ -107,6 +107,30 @@ def concat(parts: Sequence[Axis]) -> Axis:
     return Axis(total, Kind.SUM, tuple(kept))
 
 
+def siblings(tree: Axis) -> Iterator[tuple[Axis, list[Axis]]]:
+    """Leaves of a tree, each with the leaves that are digits outside of it in the products it lies in.
+
+    A digit further inside does not count: if the indices of an outer digit depended on it, flattening would
+    interleave them.
+    """
+
+    def walk(axis: Axis, near: list[Axis]) -> Iterator[tuple[Axis, list[Axis]]]:
+        node = find(axis)
+        if node.kind is Kind.LEAF:
+            yield node, near
+        elif node.kind is Kind.SUM:
+            for part in node.parts:
+                yield from walk(part, near)
+        else:
+            beside = list(near)
+            for part in digits(node):
+                yield from walk(part, beside)
+                if part.kind is Kind.LEAF:
+                    beside = [*beside, part]
+
+    yield from walk(tree, [])
+
+
 class Conflict(Exception):
     """Two axes cannot be made to agree.
 

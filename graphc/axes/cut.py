@@ -128,7 +128,6 @@ def zero(model: ir.Model, groups: Groups, keep: Masks) -> PassResult:
     for group in selection.groups:
         if group.neutral != 0.0:
             _bar(groups, selection, group.leaf)
-            continue
         for place in group.places:
             if place.role != "carries":
                 zeroed.setdefault(place.value, []).append(place.tree)
@@ -147,13 +146,15 @@ def _kept(mask: Array) -> int:
 
 
 def _bar(groups: Groups, selection: Selection, leaf: Axis) -> None:
-    """Add -inf to units where they first compete."""
+    """Add -inf to dead units wherever they compete."""
     trace = groups.trace
     names = edit.Names(groups.model)
-    for fact in trace.facts:
-        if fact.what != "^" or fact.operand is None or not any(x is leaf for x in leaves(fact.axis)):
+    for fact in list(trace.facts):
+        if fact.what != "^" or fact.operand is None or fact.source is None:
             continue
-        operand = fact.operand
+        if not any(x is leaf for x in leaves(fact.axis)):
+            continue
+        operand, node = fact.operand, fact.source
         axes = trace.axes[operand] or ()
         at = next(i for i, axis in enumerate(axes) if any(x is leaf for x in leaves(axis)))
         mask = np.where(selection.mask(axes[at]), 0.0, -math.inf)
@@ -161,16 +162,11 @@ def _bar(groups: Groups, selection: Selection, leaf: Axis) -> None:
         shape = [-1 if i == at else 1 for i in range(at, len(axes))]
         bias = edit.initializer(trace.graph, mask.reshape(shape).astype(dtype), names.fresh(f"{operand.name}.barred"))
         out = ir.Value(name=names.fresh(f"{operand.name}.masked"), shape=operand.shape, type=operand.type)
-        readers = list(operand.uses())
-        node = ir.Node("", "Add", [operand, bias], outputs=[out], name=out.name)
-        for reader, i in readers:
-            reader.replace_input_with(i, out)
-        producer = operand.producer()
-        if producer is not None and producer.graph is not None:
-            producer.graph.insert_after(producer, node)
-        else:
-            trace.graph.insert_before(readers[0][0], node)
-        return
+        assert node.graph is not None
+        node.graph.insert_before(node, ir.Node("", "Add", [operand, bias], outputs=[out], name=out.name))
+        for i, value in enumerate(node.inputs):
+            if value is operand:
+                node.replace_input_with(i, out)
 
 
 def _lazy(old: ir.TensorProtocol, shape: tuple[int, ...], change: Callable[[Array], Array]) -> ir.TensorProtocol:

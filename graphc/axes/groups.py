@@ -16,7 +16,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graphc import edit
-from graphc.axes.algebra import Axis, Kind, digits, find, leaves, terms
+from graphc.axes.algebra import Axis, Kind, digits, find, leaves, siblings, terms
+from graphc.axes.exactness import zeros
 from graphc.axes.kinds import Signals
 from graphc.axes.trace import Fact, Trace, node_name
 from graphc.errors import BadInput, nearest
@@ -295,6 +296,7 @@ class _Builder:
         self._ties()
         by_leaf = self._facts()
         self.signals = Signals(self.trace, self._key)
+        self.zeros = zeros(self.trace, self._key)
         constants = [v for v in self.trace.axes if v in self.trace.order or self._generated(v)]
         places = self._places(constants)
         roles = self._roles()
@@ -419,10 +421,10 @@ class _Builder:
             direct = [[d for d in digits(axis) if d.kind is Kind.LEAF] for axis in axes]
             for i, axis in enumerate(axes):
                 others = [d for j, found in enumerate(direct) if j != i for d in found]
-                for leaf, siblings in _siblings(axis):
+                for leaf, around in siblings(axis):
                     if leaf not in wanted:
                         continue
-                    near = {*siblings, *others}
+                    near = {*around, *others}
                     near.discard(leaf)
                     held = beside.get(leaf)
                     beside[leaf] = near if held is None else held & near
@@ -483,6 +485,7 @@ class _Builder:
             constraints.append("balanced: every block keeps equally many")
         if needed:
             constraints.append(f"at least {min_keep}: a top-k picks as many")
+        reads = self._reads(leaf, facts)
         blocks = tuple(int(o.size) for o in outer if isinstance(o.size, int))
         return Group(
             name=name,
@@ -497,8 +500,9 @@ class _Builder:
             constraints=tuple(constraints),
             normalisers=tuple(normalisers.values()),
             neutral=-math.inf if competing else 0.0,
-            exact=all(n.kind in COMPENSATED for n in normalisers.values()),
-            reads=self._reads(facts),
+            exact=all(n.kind in COMPENSATED for n in normalisers.values())
+            and all(leaf in self.zeros.get(value, ()) for value in reads),
+            reads=reads,
             leaf=leaf,
             outer=outer,
             numbers=self.members.get(leaf),
@@ -513,8 +517,8 @@ class _Builder:
             return int(edit.attribute(node, "k", 1))
         return 0
 
-    def _reads(self, facts: list[Fact]) -> tuple[ir.Value, ...]:
-        """Operands of sums along the axis that no constant masks."""
+    def _reads(self, leaf: Axis, facts: list[Fact]) -> tuple[ir.Value, ...]:
+        """Operands of sums along the axis that no constant masks; of a product, one that is zero is enough."""
         by_node: dict[ir.Node, list[ir.Value]] = defaultdict(list)
         for fact in facts:
             if fact.what in ("summed", "~") and fact.source is not None and fact.operand is not None:
@@ -522,13 +526,18 @@ class _Builder:
         found: dict[ir.Value, None] = {}
         for operands in by_node.values():
             if not any(value in self.trace.roots for value in operands):
-                found.update(dict.fromkeys(operands))
+                dead = [value for value in operands if leaf in self.zeros.get(value, ())]
+                found.update(dict.fromkeys(dead[:1] or operands))
         return tuple(found)
 
     def _fixed(self, constants: list[ir.Value]) -> None:
         for value in constants:
             for i, tree in enumerate(self.trace.axes[value] or ()):
                 seen: set[Axis] = set()
+                single = [leaf for leaf in leaves(tree) if leaf.size == 1 and self._key(leaf) is leaf]
+                if len(single) > 1:
+                    reason = "single indices of it are read on their own (a gather, slice or concat)"
+                    self.out.fixed.append(Fixed(value, i, len(single), reason, ""))
                 for leaf in leaves(tree):
                     key = self._key(leaf)
                     fact = self.out._reasons.get(key)
@@ -570,30 +579,6 @@ def _occurrences(tree: Axis) -> Iterator[tuple[Axis, int, int, int, tuple[int, .
                 before *= part.size
 
     yield from walk(tree, 0, 1, 1, ())
-
-
-def _siblings(tree: Axis) -> Iterator[tuple[Axis, list[Axis]]]:
-    """Leaves of a tree, each with the leaves that are digits outside of it in the products it lies in.
-
-    A digit further inside does not count: if the indices of an outer digit depended on it, flattening would
-    interleave them.
-    """
-
-    def walk(axis: Axis, near: list[Axis]) -> Iterator[tuple[Axis, list[Axis]]]:
-        node = find(axis)
-        if node.kind is Kind.LEAF:
-            yield node, near
-        elif node.kind is Kind.SUM:
-            for part in node.parts:
-                yield from walk(part, near)
-        else:
-            beside = list(near)
-            for part in digits(node):
-                yield from walk(part, beside)
-                if part.kind is Kind.LEAF:
-                    beside = [*beside, part]
-
-    yield from walk(tree, [])
 
 
 __all__ = ["Fixed", "Group", "Groups", "Normaliser", "Place", "analyse", "node_name"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from graphc.axes.algebra import Axis, Kind, digits, find, leaves
+from graphc.axes.algebra import Axis, leaves, siblings as siblings_of
 from graphc.axes.notation import Ellipsis_
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ CONVOLUTIONS = frozenset(
 FUSED = frozenset("Attention MultiHeadAttention GroupQueryAttention DecoderMaskedMultiHeadAttention".split())
 LINEAR = frozenset(
     "MatMul Gemm Einsum FusedMatMul Conv Transpose Reshape Flatten Squeeze Unsqueeze Identity Cast Dropout "
-    "MatMulNBits MatMulInteger DequantizeLinear QuantizeLinear".split()
+    "MatMulNBits MatMulInteger DequantizeLinear QuantizeLinear Split Slice".split()
 )
 STREAM_NORMS = frozenset({"mean", "rms", "layer"})
 
@@ -44,12 +44,13 @@ class Signals:
     def __init__(self, trace: Trace, key: Callable[[Axis], Axis]) -> None:
         self.trace, self.key = trace, key
         self.of: dict[Axis, set[str]] = defaultdict(set)
+        self.added: dict[Axis, list[ir.Node]] = defaultdict(list)
         for node, application in trace.bound.items():
             self._node(node, application)
         heads = {leaf for leaf, found in self.of.items() if "batch" in found}
+        dims = {leaf for leaf, found in self.of.items() if "multiplied" in found}
         for value in trace.order:
-            for axis in trace.axes[value] or ():
-                self._inside(axis, heads)
+            self._inside(list(trace.axes[value] or ()), heads, dims)
 
     def kind(self, leaf: Axis, normalisers: Iterable[str]) -> str:
         """The kind of a leaf whose units the given kinds of normalisers count."""
@@ -62,9 +63,11 @@ class Signals:
             return "head_dim"
         if STREAM_NORMS & set(normalisers) or "embedded" in found:
             return "width"
+        if "multiplied" in found and "beside" in found:
+            return "head_dim"
         if "channel" in found:
             return "channel"
-        if "added" in found:
+        if "added" in found and any(_skips(node) for node in self.added[leaf]):
             return "width"
         return "neuron" if "bent" in found else "rank"
 
@@ -101,24 +104,40 @@ class Signals:
                 self._add("batch", application.batch)
         if op == "Add" and len(activations) == 2:
             self._add("added", trace.axes.get(node.outputs[0]) or ())
+            for axis in trace.axes.get(node.outputs[0]) or ():
+                for leaf in leaves(axis):
+                    self.added[self.key(leaf)].append(node)
         scaled = op in ("Mul", "Div") and any(v in trace.roots and not trace.axes[v] for v in node.inputs if v)
         if op not in LINEAR and not scaled and not all(o in trace.roots for o in node.outputs):
             for out in node.outputs:
                 self._add("bent", trace.axes.get(out) or ())
 
-    def _inside(self, axis: Axis, heads: set[Axis]) -> None:
-        node = find(axis)
-        if node.kind is Kind.SUM:
-            for part in node.parts:
-                self._inside(part, heads)
-        elif node.kind is Kind.PROD:
-            under = False
-            for digit in digits(node):
-                found = list(leaves(digit))
-                if under:
-                    for leaf in found:
-                        self.of[self.key(leaf)].add("inside")
-                if any(leaf in heads for leaf in found):
-                    under = True
-                    for leaf in found:
-                        self.of[self.key(leaf)].add("outside")
+    def _inside(self, axes: list[Axis], heads: set[Axis], dims: set[Axis]) -> None:
+        """Heads and head dimensions are side by side in the weights that make them."""
+        for i, axis in enumerate(axes):
+            around = [leaf for j, other in enumerate(axes) if j != i for leaf in leaves(other)]
+            for leaf, siblings in siblings_of(axis):
+                if leaf not in dims:
+                    continue
+                for near, signal in ((siblings, "inside"), (around, "beside")):
+                    for head in near:
+                        if head in heads:
+                            self.of[self.key(leaf)].add(signal)
+                            self.of[self.key(head)].add("outside")
+
+
+def _skips(add: ir.Node, limit: int = 400) -> bool:
+    """Whether one operand of an addition was computed from the other: a residual connection."""
+    first, second = add.inputs[0], add.inputs[1]
+    for start, goal in ((first, second), (second, first)):
+        todo, seen = [start], {start}
+        while todo and len(seen) < limit:
+            value = todo.pop()
+            node = None if value is None else value.producer()
+            for earlier in () if node is None else node.inputs:
+                if earlier is goal:
+                    return True
+                if earlier not in seen:
+                    seen.add(earlier)
+                    todo.append(earlier)
+    return False

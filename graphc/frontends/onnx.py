@@ -8,7 +8,6 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass
 
 from graphc import container, edit, files, wellformed
 from graphc.contract import PassResult
@@ -128,6 +127,8 @@ def _upgraded(original: ir.Model, inferred: onnx.ModelProto) -> ir.Model:
     try:
         upgrade(model, WORKING_OPSET)
     except BoundByCaller:
+        from onnx_ir.passes.common import InlinePass
+
         if any(f.opset_imports.get("") != original.opset_imports.get("") for f in original.functions.values()):
             raise
         model = original.clone()

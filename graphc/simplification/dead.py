@@ -1,4 +1,4 @@
-"""Removes what no output depends on: nodes, outputs of nodes, initializers, functions, unread outputs of bodies."""
+"""Removes what no output depends on: nodes, outputs of nodes, initializers, functions."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from graphc import edit
 from graphc.contract import PassResult
+from graphc.simplification import bodies
 
 
 def remove(model: ir.Model, result: PassResult) -> bool:
@@ -13,44 +14,45 @@ def remove(model: ir.Model, result: PassResult) -> bool:
 
     Every operator counts as pure, custom ones included: ONNX graphs are functional, and runtimes drop such nodes too.
     """
-    found = PassResult()
+    counts = {
+        "dead node removed": 0,
+        "unread output dropped": 0,
+        "unused initializer removed": 0,
+        "unused function removed": _functions(model),
+    }
     for root in (model.graph, *(function.graph for function in model.functions.values())):
-        _nodes(root, found)
-    _initializers(model.graph, found)
-    _functions(model, found)
-    for what, count in found.counts.items():
+        _nodes(root, counts)
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for name, value in list(graph.initializers.items()):
+            if bodies.unread(value) and not value.is_graph_input():
+                del graph.initializers[name]
+                counts["unused initializer removed"] += 1
+    for what, count in counts.items():
         result.change(what, count)
-    return found.changed
+    return any(counts.values())
 
 
-def _unread(value: ir.Value) -> bool:
-    return not value.is_graph_output() and not value.uses()
-
-
-def _nodes(graph: ir.Graph) -> int:
-    count = 0
+def _nodes(graph: ir.Graph, counts: dict[str, int]) -> None:
+    # Readers come before what they read.
     for node in reversed(graph):
-        if all(_unread(value) for value in node.outputs):
-            # The bodies go with their node: what they capture must not look read any more.
-            for body in edit.subgraphs(node):
-                _detach(body)
-            for i in range(len(node.inputs)):
-                node.replace_input_with(i, None)
+        if all(bodies.unread(value) for value in node.outputs):
+            _detach(node)
             graph.remove(node)
-            count += 1
+            counts["dead node removed"] += 1
             continue
-        _drop_optional_outputs(node)
-        for body in edit.subgraphs(node):
-            count += _nodes(body)
-    return count
+        kept, dropped = bodies.drop_unread(node)
+        counts["unread output dropped"] += dropped + _drop_optional(kept)
+        for body in edit.subgraphs(kept):
+            _nodes(body, counts)
 
 
-def _detach(graph: ir.Graph) -> None:
-    for node in graph:
-        for i in range(len(node.inputs)):
-            node.replace_input_with(i, None)
-        for body in edit.subgraphs(node):
-            _detach(body)
+def _detach(node: ir.Node) -> None:
+    """Let a node, and all that its bodies hold, read nothing any more."""
+    for i in range(len(node.inputs)):
+        node.replace_input_with(i, None)
+    for body in edit.subgraphs(node):
+        for inner in body:
+            _detach(inner)
 
 
 _OPTIONAL_FROM = {
@@ -60,29 +62,22 @@ _OPTIONAL_FROM = {
 """The first output that may be left out, of the operators that have such."""
 
 
-def _drop_optional_outputs(node: ir.Node) -> None:
+def _drop_optional(node: ir.Node) -> int:
+    """Leave out the optional outputs of a node that nobody reads; returns how many."""
     first = _OPTIONAL_FROM.get(node.op_type)
     if first is None or node.domain not in ("", "ai.onnx"):
-        return
-    if node.op_type == "BatchNormalization" and edit.attribute(node, "training_mode", 0):
-        return
-    for value in node.outputs[first:]:
-        if _unread(value) and value.name:
-            value.name = ""
+        return 0
+    if node.op_type == "BatchNormalization" and (len(node.outputs) > 3 or edit.attribute(node, "training_mode", 0)):
+        # Before opset 14 the number of outputs says whether it trains.
+        return 0
+    unread = [value for value in node.outputs[first:] if bodies.unread(value) and value.name]
+    for value in unread:
+        value.name = ""
     keep = len(node.outputs)
     while keep > max(first, 1) and not node.outputs[keep - 1].name:
         keep -= 1
     node.resize_outputs(keep)
-
-
-def _initializers(graph: ir.Graph) -> int:
-    count = 0
-    for each in (graph, *graph.subgraphs()):
-        for name, value in list(each.initializers.items()):
-            if _unread(value) and not value.is_graph_input():
-                del each.initializers[name]
-                count += 1
-    return count
+    return len(unread)
 
 
 def _functions(model: ir.Model) -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,12 +11,14 @@ from rich.table import Table
 
 from graphc.views.units import count, percent, seconds, size
 
+if TYPE_CHECKING:
+    from graphc.axes.groups import Groups
+
 Document = Mapping[str, Any]
 
 
 def _console() -> Console:
-    # Piped output has no width of its own: wide enough that nothing a script greps for is broken in two.
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    return Console(highlight=False)
 
 
 def _table(*columns: str, title: str | None = None, right: Sequence[int] = ()) -> Table:
@@ -173,6 +174,26 @@ def show_inspection(found: Document) -> None:
             console.print(f"  - {escape(text)}")
 
 
+def show_groups(groups: Groups) -> None:
+    """What can be cut, and what cannot with the reasons, the most frequent first."""
+    from graphc.views.groups import rows
+
+    console = _console()
+    table = _table("group", "kind", "size", "params/unit", "exact", "places", right=(2, 3, 5))
+    for row in rows(groups):
+        table.add_row(*map(escape, row))
+    console.print(table)
+    reasons: dict[str, list[str]] = {}
+    for fixed in groups.fixed:
+        reasons.setdefault(fixed.reason, []).append(f"{fixed.value.name}:{fixed.axis}")
+    if reasons:
+        table = _table("axes", "why they cannot be cut", "first", title="\nfixed", right=(0,))
+        for reason, where in sorted(reasons.items(), key=lambda r: -len(r[1])):
+            table.add_row(str(len(where)), escape(reason), escape(where[0]))
+        console.print(table)
+    console.print("[dim]graphc explain MODEL NAME says what goes with a group, or why an axis is fixed[/]")
+
+
 def show_catalogue(found: Document) -> None:
     """Names with one line each, or the documentation of one."""
     console = _console()
@@ -186,9 +207,10 @@ def show_catalogue(found: Document) -> None:
         console.print(f"[bold]{escape(found['name'])}[/] [dim]{escape(found.get('kind', ''))}[/]\n")
         console.print(escape(found["documentation"]))
     if found.get("options"):
-        table = _table("option", "default", "takes", "what it does", title="\noptions")
+        table = _table("option", "what it does", title="\noptions")
         for row in found["options"]:
-            table.add_row(*(escape(str(row[k])) for k in ("name", "default", "type", "help")))
+            takes = row["type"].replace("|", " | ")
+            table.add_row(escape(row["name"]), f"{escape(row['help'])} [dim]({escape(row['default'])})[/]\n{escape(takes)}")
         console.print(table)
 
 

@@ -1,0 +1,96 @@
+"""Where a dead unit is really zero: what a cut needs where no weight of the reader masks the unit.
+
+A unit is dead when it is zero at all places that produce it. Walking forward from there, an activation is zero at
+the unit as long as the operators keep zeros: a product is zero if one factor is, a sum if all terms are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from graphc.axes.algebra import Axis, leaves
+
+if TYPE_CHECKING:
+    from graphc.axes.trace import Trace
+
+FIRST = frozenset(
+    "Abs Asin Asinh Atan Celu Ceil Elu Erf Floor Gelu HardSwish Identity LeakyRelu Mish Neg Relu Round Selu Shrink "
+    "Sign Sin Sinh Softsign Sqrt Swish Tan Tanh ThresholdedRelu Cast CastLike Dropout PRelu Div Pow QuickGelu "
+    "QuantizeLinear DequantizeLinear Transpose Reshape Flatten Squeeze Unsqueeze Expand Tile Slice Split Pad Gather "
+    "GatherND GatherElements DepthToSpace SpaceToDepth Resize Upsample MaxPool AveragePool LpPool "
+    "GlobalAveragePool GlobalMaxPool GlobalLpPool ReduceSum ReduceMean ReduceMax ReduceMin ReduceL1 ReduceL2 "
+    "ReduceSumSquare ReduceProd Trilu CumSum RMSNormalization SimplifiedLayerNormalization "
+    "RotaryEmbedding GridSample LpNormalization Softmax BiasSplitGelu NhwcMaxPool".split()
+)
+"""Operators whose result is zero where their first input is. (A softmax is zero where -inf bars a unit.)"""
+FACTORS = frozenset("Mul And MatMul Einsum MatMulInteger MatMulNBits FusedMatMul BitwiseAnd".split())
+"""Operators whose result is zero where one input is."""
+TERMS = frozenset("Add Sub Sum Max Min Mean Or BiasGelu FastGelu BiasAdd Where".split())
+"""Operators whose result is zero where all inputs are."""
+AFFINE = frozenset("Conv ConvTranspose FusedConv Gemm FusedGemm NhwcConv DeformConv".split())
+"""Operators whose result is zero where one of the first two inputs and all later ones are."""
+PARAMETERS = frozenset(
+    "BatchNormalization InstanceNormalization GroupNormalization GroupNorm LayerNormalization".split()
+)
+"""Operators whose result is zero where the parameters after the first input are."""
+STATES = frozenset("LSTM GRU RNN".split())
+"""Operators whose result is zero along hidden units whose weights are."""
+VALUES = {"Attention": 2, "MultiHeadAttention": 2, "GroupQueryAttention": 2}
+"""Operators whose first result is zero where this input is."""
+JOINED = frozenset({"Concat", "SkipSimplifiedLayerNormalization"})
+"""Operators whose result is zero where every input that has the unit at all is."""
+
+
+def zeros(trace: Trace, key: Callable[[Axis], Axis]) -> dict[ir.Value, frozenset[Axis]]:
+    """For each value the leaves at whose dead units it is zero."""
+    held: dict[ir.Value, frozenset[Axis]] = {}
+    along: dict[ir.Value, frozenset[Axis]] = {}
+
+    def has(value: ir.Value | None) -> frozenset[Axis]:
+        if value is None:
+            return frozenset()
+        if value not in along:
+            axes = trace.axes.get(value) or ()
+            along[value] = frozenset(key(leaf) for axis in axes for leaf in leaves(axis))
+        return along[value]
+
+    def zero(value: ir.Value | None) -> frozenset[Axis]:
+        if value is None:
+            return frozenset()
+        if value not in held and value in trace.order:
+            held[value] = has(value)
+        return held.get(value, frozenset())
+
+    for node in trace.graph:
+        op, inputs = node.op_type, [v for v in node.inputs if v is not None]
+        if not inputs or node not in trace.bound:
+            continue
+        first = zero(node.inputs[0])
+        for i, out in enumerate(node.outputs):
+            own = has(out)
+            if op in FIRST:
+                found = first
+            elif op in FACTORS:
+                found = frozenset().union(*map(zero, inputs))
+            elif op in TERMS:
+                terms = inputs[1:] if op == "Where" else inputs
+                found = frozenset.intersection(*map(zero, terms))
+            elif op in AFFINE:
+                found = first | zero(inputs[1])
+                for value in inputs[2:]:
+                    found &= zero(value)
+            elif op in PARAMETERS:
+                found = frozenset.intersection(own, *map(zero, inputs[1:3])) if len(inputs) > 2 else frozenset()
+            elif op in STATES:
+                found = own & zero(inputs[2])
+            elif op in VALUES:
+                found = zero(node.inputs[VALUES[op]] if i == 0 and len(node.inputs) > VALUES[op] else None)
+            elif op in JOINED:
+                found = frozenset(leaf for leaf in own if all(leaf in zero(v) or leaf not in has(v) for v in inputs))
+            else:
+                found = frozenset()
+            held[out] = found & own
+    return held
