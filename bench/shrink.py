@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import cache
-import catalog
 import harness
 import process
 
@@ -76,9 +75,9 @@ def measure(name: str, pythons: dict[str, str], seconds: float) -> dict[str, Any
     large = harness.size(original) > harness.LARGE
     runs = {(0.0, "exact"): (pythons["graphc"], _recipe(""))}
     for ratio in RATIOS:
-        for variant, command in commands(name, ratio, pythons).items():
+        for variant, run in commands(name, ratio, pythons).items():
             if not large or variant == "graphc":
-                runs[ratio, variant] = command
+                runs[ratio, variant] = run
     results = [{"ratio": 0.0, "variant": "input"} | _judge(name, original, original, seconds)]
     with tempfile.TemporaryDirectory(dir=cache.root()) as scratch:
         for number, ((ratio, variant), (python, command)) in enumerate(runs.items()):
@@ -95,11 +94,10 @@ def measure(name: str, pythons: dict[str, str], seconds: float) -> dict[str, Any
 
 
 def _judge(name: str, original: Path, candidate: Path, seconds: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "graphc", "inspect", candidate, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = json.loads(done.stdout) if done.returncode == 0 else {}
-    checked = harness.check(name, original, candidate, seconds)
-    return {"parameters": found.get("parameters"), "flops": found.get("flops")} | checked
+    code = Path(__file__).with_name("cost.py")
+    done = subprocess.run([sys.executable, code, name, candidate], capture_output=True, text=True, check=False)
+    cost = json.loads(done.stdout) if done.returncode == 0 else {"parameters": None, "flops": None}
+    return cost | harness.check(name, original, candidate, seconds)
 
 
 def main() -> None:
@@ -135,7 +133,6 @@ def main() -> None:
         if not cache.model(name).exists():
             print(f"skipping {name}: make it with bench/models.py or bench/torch_models.py")
             continue
-        catalog.entry(name)
         print(f"{name} ...", flush=True)
         new = measure(name, {package: wanted[package] for package in versions}, arguments.seconds)
         kept = [old for old in results["models"] if old["name"] != name]

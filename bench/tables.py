@@ -231,6 +231,49 @@ def _more_nodes(model: Row) -> str:
     return f"{model['name']} {ours}, {best} {peers[best]}"
 
 
+SHRINK_PAGE = """\
+# Pruning benchmark
+
+Written by `bench/tables.py` from `shrink.json`; do not edit. Made by
+`python bench/shrink.py --peers PYTHON --torch PYTHON --seconds {seconds:g}`.
+{machine}; Python {python}; {versions}.
+
+One shot, no healing: the given ratio of units goes from every channel, neuron and attention-head group that the tool
+finds, smallest L2 norm first. Everything is relative to the input. `exact` is graphc's recipe without pruning: what is
+below it comes from cutting. Latency is that of ONNX Runtime on one thread, its own optimisation on. Error is the root
+mean square of the outputs' difference by that of the outputs, on random inputs: it says how much was taken away, not
+how good the model still is. graphc's numbers include its own check that cutting changed nothing but the zeros.
+
+{rows}
+
+Peak anonymous memory of pruning and shrinking the 2.4 GB model: {anon}.
+"""
+
+
+def shrink_page(results: Row) -> str:
+    """The page of ``bench/shrink.py``'s results."""
+    rows, anon = [], "not measured"
+    for model in results["models"]:
+        before = model["results"][0]
+        for each in model["results"][1:]:
+            if model["name"] == "synthetic-2.4gb" and each["ratio"] and not each["failure"]:
+                anon = f"{each['anon_mb']:.0f} MB (floor 600 MB: {_met(each['anon_mb'], 600)}, goal 200 MB: "
+                anon += f"{_met(each['anon_mb'], 200)})"
+            if each["failure"] or "latency" not in each:
+                rows.append([model["name"], each["ratio"], each["variant"], *"----", each["failure"] or each["why"]])
+                continue
+            ratios = [each[key] / before[key] if before[key] else 1 for key in ("parameters", "flops", "bytes")]
+            shown = [f"{ratio:.2f}" for ratio in (*ratios, each["latency"])]
+            error = "-" if each["rms"] is None else f"{each['rms']:.2g}"
+            rows.append([model["name"], each["ratio"] or "", each["variant"], *shown, error])
+    return SHRINK_PAGE.format(
+        **{key: results[key] for key in ("seconds", "machine", "python")},
+        versions=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
+        rows=table(["model", "ratio", "tool", "parameters", "FLOPs", "file", "latency", "error"], rows),
+        anon=anon,
+    )
+
+
 def readme_table(results: Row) -> str:
     """README.md's table: what graphc made of some of the models."""
     rows = []
@@ -264,15 +307,22 @@ def readme_table(results: Row) -> str:
     return table(header, rows)
 
 
+PAGES: dict[str, Callable[[Row], str]] = {"compile": compile_page, "shrink": shrink_page}
+"""What writes ``NAME.md`` from ``NAME.json``."""
+
+
 def pages() -> dict[Path, str]:
     """Every file that is written from results, with its text."""
-    results = json.loads((RESULTS / "compile.json").read_text())
-    readme = ROOT / "README.md"
-    marked = re.compile(r"(<!-- bench/tables.py: .*? -->\n).*?(<!-- end -->)", re.DOTALL)
-    text, count = marked.subn(lambda m: f"{m[1]}{readme_table(results)}\n{m[2]}", readme.read_text())
-    if count != 1:
-        sys.exit("README.md has no place marked for the table")
-    return {RESULTS / "compile.md": compile_page(results), readme: text}
+    results = {name: json.loads(path.read_text()) for name in PAGES if (path := RESULTS / f"{name}.json").exists()}
+    texts = {RESULTS / f"{name}.md": PAGES[name](each) for name, each in results.items()}
+    if "compile" in results:
+        readme = ROOT / "README.md"
+        marked = re.compile(r"(<!-- bench/tables.py: compile -->\n).*?(<!-- end -->)", re.DOTALL)
+        text, count = marked.subn(lambda m: f"{m[1]}{readme_table(results['compile'])}\n{m[2]}", readme.read_text())
+        if count != 1:
+            sys.exit("README.md has no place marked for the table")
+        texts[readme] = text
+    return texts
 
 
 def main() -> int:

@@ -23,7 +23,16 @@ import onnx_ir as ir
 
 from graphc import inputs, runtime
 from graphc import model as models
-from graphc.closeness import SLICE_VALUES, Closeness, OutputError, distance, is_float, noise_of, relative
+from graphc.closeness import (
+    SLICE_VALUES,
+    Closeness,
+    OutputError,
+    distance,
+    guessed_noise,
+    is_float,
+    noise_of,
+    relative,
+)
 from graphc.contract import Arrays, Runnable, no_progress
 from graphc.errors import BadInput
 from graphc.inputs import Case
@@ -127,6 +136,7 @@ class Checker:
         self._runs = NOISE_RUNS
         self._why = ""
         self._random: dict[str, str] = {}
+        self._limits: list[str] = []
 
     def cases(self) -> list[Case]:
         """The inputs on which candidates are compared; empty if nothing can be checked."""
@@ -244,6 +254,15 @@ class Checker:
             return []
         if min(a.size for each in expected for a in each.outputs.values()) < SLICE_VALUES:
             self._runs = 2 * NOISE_RUNS
+        try:
+            self._measure_noise(model, expected)
+        except runtime.CannotRun as error:
+            self._limits.append(f"the rounding noise could not be measured and was guessed: {error.why}")
+            for each in expected:
+                each.noise = {name: guessed_noise(array) for name, array in each.outputs.items()}
+        return expected
+
+    def _measure_noise(self, model: ir.Model, expected: Sequence[_Expected]) -> None:
         session = self._session(noisy(model, seed=self._seed), False)
         for number, each in enumerate(expected):
             self._progress("measuring the rounding noise", number, len(expected))
@@ -251,7 +270,6 @@ class Checker:
             for name, array in each.outputs.items():
                 each.noise[name] = noise_of(array, [run[name] for run in runs if name in run])
         session.close()
-        return expected
 
     def _cases(self, model: ir.Model, session: runtime.Session) -> list[Case]:
         if self._data:
@@ -284,7 +302,7 @@ class Checker:
         session.close()
 
     def _notes(self, expected: Sequence[_Expected]) -> tuple[str, ...]:
-        notes = list(self._random.values())
+        notes = [*self._random.values(), *self._limits]
         for name, array in expected[0].outputs.items():
             if name in self._random or not is_float(array):
                 continue

@@ -34,6 +34,9 @@ MAX = 6.0
 SLICE_VALUES = 24
 """Samples of the noise from which it can be estimated."""
 
+_GUESS = 20.0
+"""What rounding is guessed to change, in units of eps, where it cannot be measured; real models have 2 to 20."""
+
 _FLIP = 1e3
 """How many times the typical answer to the noise, and..."""
 _FLIP_SIZE = 1e-2
@@ -115,6 +118,14 @@ def noise_of(array: Array, runs: Sequence[Array]) -> Array:
     eps = _eps(array.dtype)
     floor = np.square(0.5 * eps * magnitude) + (1e-3 * eps * scale) ** 2
     return np.sqrt(squares / GAIN**2 + floor).astype(np.float32)
+
+
+def guessed_noise(array: Array) -> Array:
+    """Like :func:`noise_of`, for a model of which no runs with inserted errors are to be had."""
+    if not is_float(array):
+        return np.zeros(array.shape, dtype=bool)
+    magnitude = np.where(np.isfinite(_wide(array)), np.abs(_wide(array)), 0.0)
+    return (_GUESS * _eps(array.dtype) * np.maximum(magnitude, _rms(magnitude))).astype(np.float32)
 
 
 def distance(a: Array, b: Array) -> Array:

@@ -8,6 +8,7 @@ import os
 import resource
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -51,10 +52,21 @@ _SIGNATURES = {
 """First bytes of what is often mistaken for ONNX: what it is, and what to do. The last three are text."""
 
 
-def read(path: Path) -> onnx.ModelProto:
-    """Read an ONNX file; large data in it becomes external data that lies in the file itself.
+@dataclass(frozen=True)
+class Contents:
+    """What an ONNX file holds.
 
-    All locations of external data are absolute afterwards, and each lies in the file it names.
+    Attributes:
+        proto: The model. Large data is external, that in the file itself, too; locations are absolute and checked.
+        files: The files it is in, the ONNX file first.
+    """
+
+    proto: onnx.ModelProto
+    files: tuple[Path, ...]
+
+
+def read(path: Path) -> Contents:
+    """Read an ONNX file, but not its weights.
 
     Raises:
         BadInput: It is no file, empty, truncated, no ONNX, or has external data that cannot be used.
@@ -71,8 +83,8 @@ def read(path: Path) -> onnx.ModelProto:
                 proto = _parse(content, path)
     except OSError as error:
         raise BadInput("cannot read the file", where=str(path), why=error.strerror or str(error)) from error
-    _locate(proto, path)
-    return proto
+    data = _locate(proto, path) - {path.absolute()}
+    return Contents(proto, (path, *sorted(data)))
 
 
 def _similar(path: Path) -> str:
@@ -162,8 +174,8 @@ def describe(node: onnx.NodeProto) -> str:
     return f"the {node.op_type} node that makes '{node.output[0] if node.output else ''}'"
 
 
-def _locate(proto: onnx.ModelProto, path: Path) -> None:
-    """Check all tensors' data, and make the locations of external data absolute."""
+def _locate(proto: onnx.ModelProto, path: Path) -> set[Path]:
+    """Check all tensors' data, make the locations of external data absolute, and return the data files."""
     external = 0
     sizes: dict[str, tuple[Path, int]] = {}
     for tensor, place in tensors(proto):
@@ -207,6 +219,7 @@ def _locate(proto: onnx.ModelProto, path: Path) -> None:
         for key, value in (("location", str(data)), ("offset", str(offset)), ("length", str(length))):
             tensor.external_data.add(key=key, value=value)
     _allow_open_files(external)
+    return {data for data, _ in sizes.values()}
 
 
 def _expected_bytes(tensor: onnx.TensorProto, where: str) -> int:

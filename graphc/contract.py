@@ -265,7 +265,7 @@ def value_text(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ",".join(map(value_text, value)) + "]"
     if isinstance(value, str):
-        plain = value and all(c.isalnum() or c in "_-./:%+" for c in value) and not value[0].isdigit()
+        plain = value[:1].isalpha() and all(c.isalnum() or c in "_-./:%+" for c in value)
         if plain and value not in ("true", "false", "none"):
             return value
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from graphc.edit import attribute
-from graphc.shapes import Fact, Facts, merge
+from graphc.shapes import Fact, Facts, merge, rule
 from graphc.symbolic import Dim
 
 
@@ -23,7 +23,8 @@ def body_facts(graph: ir.Graph, inputs: Sequence[Fact], facts: Facts) -> list[Fa
     return [facts(value) for value in graph.outputs]
 
 
-def if_facts(node: ir.Node, inputs: Sequence[Fact], facts: Facts) -> Sequence[Fact] | None:
+@rule("If")
+def _if(node: ir.Node, inputs: Sequence[Fact], facts: Facts) -> Sequence[Fact] | None:
     """An If gives what holds for both branches, or for the one that its constant condition takes."""
     then, other = (body_facts(attribute(node, name), (), facts) for name in ("then_branch", "else_branch"))
     if len(then) != len(node.outputs) or len(other) != len(node.outputs):
@@ -65,7 +66,8 @@ def _invariant(
             return outputs
 
 
-def loop_facts(node: ir.Node, inputs: Sequence[Fact], facts: Facts) -> Sequence[Fact] | None:
+@rule("Loop")
+def _loop(node: ir.Node, inputs: Sequence[Fact], facts: Facts) -> Sequence[Fact] | None:
     """A Loop: ``M, cond, carried... -> carried..., scanned...``.
 
     Its body: ``i, cond, carried... -> cond, carried..., scanned...``.
@@ -92,7 +94,8 @@ def loop_facts(node: ir.Node, inputs: Sequence[Fact], facts: Facts) -> Sequence[
     return found
 
 
-def scan_facts(node: ir.Node, inputs: Sequence[Fact], facts: Facts) -> Sequence[Fact] | None:
+@rule("Scan")
+def _scan(node: ir.Node, inputs: Sequence[Fact], facts: Facts) -> Sequence[Fact] | None:
     """A Scan (opset 9 on): ``state..., scanned... -> state..., stacked...``; its body sees one slice of the scanned."""
     body: ir.Graph = attribute(node, "body")
     scanned = attribute(node, "num_scan_inputs", 0)

@@ -94,7 +94,7 @@ def _npy(path: Path) -> Array:
 
 
 def _unreadable(path: Path, error: Exception) -> BadInput:
-    pickled = "allow_pickle" in str(error)
+    pickled = "allow_pickle" in str(error) or "Python objects" in str(error)
     return BadInput(
         "the data cannot be read",
         where=str(path),

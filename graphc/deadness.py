@@ -21,6 +21,10 @@ from graphc.edit import Array, attribute
 from graphc.known import Facets, Knowledge, collapse
 from graphc.known_rules import bottom, matmul_letters, unpadded
 
+PRODUCTS = frozenset("MatMul FusedMatMul Gemm Einsum Conv FusedConv ConvTranspose LSTM GRU RNN".split())
+"""Operators whose sums are of products of two operands."""
+RECURRENT = ("LSTM", "GRU", "RNN")
+
 Mask = Array
 """Booleans, broadcastable to a value's shape with the same rank: an axis of length 1 speaks for all its indices."""
 
@@ -45,11 +49,13 @@ class Site:
     Attributes:
         node: The operator.
         operand: Its input that has the axis.
+        axis: The operand's axis; -1 where the group runs through several and it is not clear which one is meant.
         what: ``"summed"``: contracted. ``"~"``: averaged. ``"^"``: compared along the axis.
     """
 
     node: ir.Node
     operand: ir.Value
+    axis: int
     what: str
 
 
@@ -63,9 +69,25 @@ class Sites:
         for fact in groups.trace.facts:
             if fact.what == "fixed" or fact.source is None or fact.operand is None:
                 continue
-            site = Site(fact.source, fact.operand, fact.what)
             for name in {key[leaf] for leaf in leaves(fact.axis) if leaf in key}:
-                self._by_group[name].append(site)
+                at = self._position(fact.operand, fact.axis, groups[name])
+                self._by_group[name].append(Site(fact.source, fact.operand, at, fact.what))
+        for node in groups.model.graph:
+            # The state is fed back: it meets the columns of R in every step.
+            if edit.is_op(node, *RECURRENT) and node.inputs[2] is not None:
+                axes = groups.trace.axes.get(node.inputs[2]) or ()
+                for name in {key[leaf] for leaf in leaves(axes[-1]) if leaf in key} if axes else ():
+                    self._by_group[name].append(Site(node, node.inputs[2], len(axes) - 1, "summed"))
+
+    def _position(self, operand: ir.Value, wanted: Axis, group: Group) -> int:
+        """Which axis of an operand a fact is about."""
+        axes = self.groups.trace.axes.get(operand) or ()
+        same = [i for i, axis in enumerate(axes) if axis is wanted]
+        ties = group.numbers or {}
+        through = [i for i, axis in enumerate(axes) if any(x is group.leaf or x in ties for x in leaves(axis))]
+        if len(through) == 1:
+            return through[0]
+        return same[0] if len(same) == 1 else -1
 
     def of(self, group: Group) -> list[Site]:
         """Where the units of a group are read together."""
@@ -106,13 +128,16 @@ def units(sites: Sites, group: Group, known: Knowledge) -> Dead:
     if not by_node:
         return Dead(np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool))
     for node, here in by_node.items():
-        # Every operand of a sum of products shows the same terms: it is enough that one proves them zero.
-        quiet, steady = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
+        if any(site.what == "^" for site in here):
+            here = [site for site in here if site.what == "^"]
+        proofs, steady = [], np.zeros(shape, dtype=bool)
         for site in here:
             mask = _silent(node, site, known)
-            quiet |= _by_unit(mask, site.operand, sites, group)
+            proofs.append(_by_unit(mask, site, sites, group))
             if (fold := Fold.at(node, site.operand, known)) is not None:
-                steady |= _by_unit(_either(mask, fold.constant()), site.operand, sites, group)
+                steady |= _by_unit(_either(mask, fold.constant()), site, sites, group)
+        # Every operand of a sum of products shows the same terms: it is enough that one proves them zero.
+        quiet = np.logical_or.reduce(proofs) if _is_product(node) else np.logical_and.reduce(proofs)
         silent &= quiet
         constant &= quiet | steady
         if not constant.any():
@@ -120,16 +145,21 @@ def units(sites: Sites, group: Group, known: Knowledge) -> Dead:
     return Dead(silent & constant, constant)
 
 
-def _by_unit(mask: Mask, operand: ir.Value, sites: Sites, group: Group) -> Array:
+def _is_product(node: ir.Node) -> bool:
+    """Whether a node sums products of its operands along every axis that it sums."""
+    if node.op_type == "Attention":
+        return node.domain in ("", "ai.onnx")
+    return node.op_type in PRODUCTS
+
+
+def _by_unit(mask: Mask, site: Site, sites: Sites, group: Group) -> Array:
     """Which units hold only marked positions of an operand."""
     shape = (*group.blocks, group.size)
-    located = [
-        sites.indices(operand, group.leaf, group.numbers),
-        *(sites.indices(operand, outer) for outer in group.outer),
-    ]
-    unit_axes = [axis for axis, digits in enumerate(located[0]) if digits is not None]
-    if not unit_axes:
+    digits_along = sites.indices(site.operand, group.leaf, group.numbers)
+    if site.axis < 0 or digits_along[site.axis] is None or mask.ndim != len(digits_along):
         return np.zeros(shape, dtype=bool)
+    own = [digits if axis == site.axis else None for axis, digits in enumerate(digits_along)]
+    located = [own, *(sites.indices(site.operand, outer) for outer in group.outer)]
     used = {axis for each in located for axis, digits in enumerate(each) if digits is not None}
     mask = mask.all(axis=tuple(a for a in range(mask.ndim) if a not in used), keepdims=True)
     lengths = []
@@ -200,7 +230,7 @@ def _silenced(node: ir.Node, operand: ir.Value, known: Knowledge) -> Mask | None
             return _convolution(node, operand, known)
         case "ConvTranspose":
             return _transposed_convolution(node, operand, known)
-        case "LSTM" | "GRU" | "RNN":
+        case operator if operator in RECURRENT:
             return _recurrent(node, operand, known)
     return None
 
@@ -374,10 +404,17 @@ class Fold:
 
 
 def folds(sites: Sites, group: Group, gone: Array, known: Knowledge) -> Iterator[tuple[Fold, Array]]:
-    """The sites where units that go are constants other than zero, each with the indices of the summed axis."""
+    """The sites where units that go are constants other than zero, each with the indices of the summed axis.
+
+    Args:
+        sites: The sites of the model.
+        group: The group.
+        gone: The units that go, ``(size,)`` or ``(*blocks, size)``.
+        known: What is known of the model's values.
+    """
     for site in sites.of(group):
         fold = Fold.at(site.node, site.operand, known)
-        if fold is None:
+        if fold is None or site.axis != fold.axis:
             continue
         digits = sites.indices(site.operand, group.leaf, group.numbers)[fold.axis]
         if digits is None:
@@ -392,4 +429,3 @@ def folds(sites: Sites, group: Group, gone: Array, known: Knowledge) -> Iterator
         marked &= ~np.isnan(values) & (values != 0)
         if marked.any():
             yield fold, marked
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -55,7 +55,7 @@ def tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
             return None
         match name:
             case "value":
-                return attr.as_tensor()
+                return cast("ir.TensorProtocol", attr.value)
             case "value_int" | "value_ints":
                 return ir.tensor(np.array(attr.value, dtype=np.int64))
             case "value_float" | "value_floats":

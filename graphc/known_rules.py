@@ -706,7 +706,9 @@ def _block_shuffle(node: ir.Node, known: Knowledge) -> Sequence[Facets]:
 
 # Indices that are never chosen -----------------------------------------------------------------------------------------
 
-_PASS_ON = frozenset("Cast Identity Reshape Squeeze Unsqueeze Transpose Flatten Expand Slice Split Tile".split())
+_PASS_ON = frozenset(
+    ["Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Flatten", "Expand", "Slice", "Split", "Tile"]
+)
 
 
 def exclude(node: ir.Node, known: Knowledge) -> None:

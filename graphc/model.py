@@ -49,7 +49,7 @@ def load(path: Path) -> ir.Model:
     from graphc import wellformed
     from graphc.container import read
 
-    proto = read(path)
+    proto = read(path).proto
     wellformed.check(proto, path)
     return from_proto(proto, path)
 
@@ -110,10 +110,22 @@ def write_tensor(tensor: ir.TensorProtocol, file: Any) -> None:
     if isinstance(tensor, ir.ExternalTensor):
         _copy(tensor, file)
     elif tensor.dtype.bitwidth >= 8:
-        array = np.ascontiguousarray(tensor.numpy())
-        file.write(array.reshape(-1).view(np.uint8).data)
+        for part in _pieces(tensor.numpy()):
+            file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
     else:
         file.write(tensor.tobytes())
+
+
+def _pieces(array: np.ndarray[Any, np.dtype[Any]]) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
+    """Parts of an array in row-major order; a view of scattered elements in parts of about ``_CHUNK`` bytes."""
+    if array.flags.c_contiguous or array.nbytes <= _CHUNK:
+        yield array
+        return
+    rows = max(len(array) * _CHUNK // array.nbytes, 1)
+    for start in range(0, len(array), rows):
+        yield from (
+            _pieces(array[start : start + rows]) if rows == 1 and array.ndim > 1 else (array[start : start + rows],)
+        )
 
 
 def _copy(tensor: ir.ExternalTensor, file: Any) -> None:

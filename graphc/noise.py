@@ -3,23 +3,25 @@
 Monte Carlo arithmetic (Parker, "Monte Carlo Arithmetic: exploiting randomness in floating-point arithmetic", 1997):
 every rounding is replaced by a random relative error of its size, and the spread of the outputs over such runs is
 what two correct evaluations of the same function may differ by. The model itself carries the errors: behind every
-operator that rounds, its output is multiplied by ``1 + u``, ``u`` uniform in ``[-a, a]``; bounded functions such as
-the sigmoid, which runtimes approximate with an error relative to their range, get ``u`` added.
+operator that rounds, its output is multiplied by ``1 + a`` or ``1 - a`` at random; bounded functions such as the
+sigmoid, which runtimes approximate with an error relative to their range, get ``a`` added or subtracted.
 
 The size ``a`` of an operator's error: one rounding has a relative error of ``eps / 2`` at most. A sum of ``K``
 products, rounded after each addition, gathers independent errors relative to its partial sums,
-``sqrt(sum_k k (eps/2)^2 / 3)`` against a result of about ``sqrt(K)``: a standard deviation of ``0.2 eps sqrt(K)``,
-which is that of a uniform ``a = 0.35 eps sqrt(K)``. Kernels sum in blocks: ONNX Runtime's MatMul has 1.2, 2.4, 2.5,
-2.6 eps for K = 64, 256, 1024, 4096, so that ``K`` counts up to ``BLOCK``.
+``sqrt(sum_k k (eps/2)^2 / 3)`` against a result of about ``sqrt(K)``: a standard deviation of ``0.2 eps sqrt(K)``.
+Kernels sum in blocks: ONNX Runtime's MatMul has 1.2, 2.4, 2.5, 2.6 eps for K = 64, 256, 1024, 4096, so that ``K``
+counts up to ``BLOCK``.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import onnx_ir as ir
 
 from graphc import edit
+from graphc.roles import role
 
 GAIN = 8.0
 """How much stronger than rounding the inserted errors are: enough to stand out of the rounding of the run itself,
@@ -56,34 +58,41 @@ _BOUNDED = frozenset(["Cos", "Erf", "HardSigmoid", "Sigmoid", "Sin", "Tanh"])
 BLOCK = 512
 """Products that a kernel may sum one after the other."""
 
+_SUM = 0.2
+_FUNCTION = 1.2
 _UNKNOWN_LENGTH = 64
+
+_DROPOUT_TRAINS = 12
+"""The opset from which Dropout can drop outside of training. Below, there are kernels of RandomUniformLike; from 22
+on, ONNX Runtime has none."""
 
 
 def noisy(model: ir.Model, *, gain: float = GAIN, seed: int = 0) -> ir.Model:
     """A copy of a model that makes random errors where it rounds, ``gain`` times as large as rounding makes.
 
     Runs of one session differ from each other; the sequence of runs is the same for the same seed. The copy shares
-    the tensors of the original. Values whose dtype is not known are left exact.
+    the tensors of the original. Values whose dtype is not known are left exact, as are inputs that are sizes.
     """
     copy = model.clone()
     default = _only_float_dtype(copy)
     names = edit.Names(copy)
     number = seed * 1_000_003
     for graph in edit.graphs(copy):
-        if "" not in graph.opset_imports and "" not in copy.opset_imports:
-            continue
+        opset = graph.opset_imports.get("", copy.opset_imports.get("", 0))
         places: list[tuple[ir.Value, float]] = []
         if graph is copy.graph:
-            places = [(v, 1.0) for v in graph.inputs if v.uses() and not v.is_initializer()]
+            given = [v for v in graph.inputs if v.uses() and not v.is_initializer()]
+            places = [(v, _FUNCTION) for v in given if not role(copy, v).sizes]
         for node in graph:
-            amplitude = _amplitude(node)
-            if amplitude:
-                places += [(v, amplitude) for v in node.outputs if v.name and (v.uses() or v.is_graph_output())]
-        for value, amplitude in places:
+            size = _size(node)
+            if size:
+                places += [(v, size) for v in node.outputs if v.name and (v.uses() or v.is_graph_output())]
+        for value, size in places:
             dtype = value.dtype or (default if value.producer() is not None else None)
             if dtype in EPS:
                 number += 1
-                _disturb(graph, value, dtype, gain * amplitude * EPS[dtype], number, names)
+                size *= gain * EPS[dtype]
+                _disturb(graph, value, dtype, _random_nodes(value, size, number, opset), size, names)
     return copy
 
 
@@ -101,12 +110,12 @@ def _only_float_dtype(model: ir.Model) -> ir.DataType | None:
     return floats.pop() if len(floats) == 1 else None
 
 
-def _amplitude(node: ir.Node) -> float:
-    """The relative error of an operator's result, in units of eps; 0 for operators that do not round."""
+def _size(node: ir.Node) -> float:
+    """The standard deviation of an operator's relative error, in units of eps; 0 for those that do not round."""
     if node.op_type in _CONTRACTIONS:
-        return max(1.0, 0.35 * math.sqrt(min(contraction_length(node), BLOCK)))
+        return max(1.0, _SUM * math.sqrt(min(contraction_length(node), BLOCK)))
     if node.op_type in _REDUCTIONS or node.op_type in _FUNCTIONS or node.op_type in _BOUNDED:
-        return 2.0
+        return _FUNCTION
     return 0.0
 
 
@@ -143,39 +152,60 @@ def contraction_length(node: ir.Node) -> int:
     return length or _UNKNOWN_LENGTH
 
 
-def _disturb(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, size: float, seed: int, names: edit.Names) -> None:
-    """Multiply a value by ``1 + u`` for all its readers; a product keeps infinities what they are."""
-    hint = f"{value.name}.noise"
+def _random_nodes(value: ir.Value, size: float, seed: int, opset: int) -> list[ir.Node]:
+    """Nodes whose last gives numbers of the shape of ``value``, of mean and standard deviation ``size``."""
+    if opset < _DROPOUT_TRAINS:
+        spread = math.sqrt(3) * size
+        bounds = {"low": size - spread, "high": size + spread}
+        single = int(ir.DataType.FLOAT)
+        return [ir.node("RandomUniformLike", [value], {**bounds, "seed": float(seed % (1 << 24)), "dtype": single})]
+    shape = ir.node("Shape", [value])
+    filled = ir.node("ConstantOfShape", [shape.outputs[0]], {"value": ir.tensor([size], dtype=ir.DataType.FLOAT)})
+    half = ir.node("Constant", [], {"value": ir.tensor(0.5, dtype=ir.DataType.FLOAT)})
+    yes = ir.node("Constant", [], {"value": ir.tensor(True)})
+    # Half of the numbers become 0, the other half twice what they are.
+    inputs = [filled.outputs[0], half.outputs[0], yes.outputs[0]]
+    return [shape, filled, half, yes, ir.node("Dropout", inputs, {"seed": seed % (1 << 31)})]
+
+
+def _disturb(
+    graph: ir.Graph, value: ir.Value, dtype: ir.DataType, random: list[ir.Node], size: float, names: edit.Names
+) -> None:
+    """Multiply a value by ``1 ± size`` for all its readers; a product keeps infinities what they are.
+
+    Args:
+        graph: The graph of the value.
+        value: A float value.
+        dtype: Its dtype.
+        random: Nodes whose last gives numbers of mean and standard deviation ``size``, in single precision.
+        size: See there.
+        names: For the new values.
+    """
     producer = value.producer()
     absolute = producer is not None and producer.op_type in _BOUNDED
-    # What is near 1 cannot be written finer than eps in single precision, and need not be.
-    single = dtype == ir.DataType.FLOAT
-    low, high = (1 - size, 1 + size) if single and not absolute else (-size, size)
-    added = [
-        ir.node(
-            "RandomUniformLike",
-            [value],
-            {"low": low, "high": high, "seed": float(seed % (1 << 24)), "dtype": int(ir.DataType.FLOAT)},
-        )
-    ]
-    if single:
-        added.append(ir.node("Add" if absolute else "Mul", [value, added[-1].outputs[0]]))
-    else:
-        one = edit.initializer(graph, ir.tensor([1.0], dtype=ir.DataType.DOUBLE), names.fresh(f"{hint}.one"))
-        wide = ir.node("Cast", [added[-1].outputs[0]], {"to": int(ir.DataType.DOUBLE)})
-        total = ir.node("Add", [wide.outputs[0], one])
-        exact = ir.node("Cast", [value], {"to": int(ir.DataType.DOUBLE)})
-        result = ir.node("Add" if absolute else "Mul", [exact.outputs[0], (wide if absolute else total).outputs[0]])
-        added += [wide, total, exact, result, ir.node("Cast", [result.outputs[0]], {"to": int(dtype)})]
+    # Only in double precision are the numbers next to 1 near enough for every other dtype.
+    wide = ir.DataType.FLOAT if dtype == ir.DataType.FLOAT else ir.DataType.DOUBLE
+    added = list(random)
+
+    def append(kind: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        added.append(ir.node(kind, list(inputs), attributes))
+        return added[-1].outputs[0]
+
+    centre = append("Constant", value=ir.tensor((0.0 if absolute else 1.0) - size, dtype=wide))
+    numbers, exact = random[-1].outputs[0], value
+    if wide != ir.DataType.FLOAT:
+        numbers, exact = append("Cast", numbers, to=int(wide)), append("Cast", value, to=int(wide))
+    result = append("Add" if absolute else "Mul", exact, append("Add", numbers, centre))
+    if wide != dtype:
+        result = append("Cast", result, to=int(dtype))
     for node in added:
-        node.outputs[0].name = names.fresh(hint)
+        node.outputs[0].name = names.fresh(f"{value.name}.noise")
     if producer is not None:
         graph.insert_after(producer, added)
     elif len(graph):
         graph.insert_before(graph[0], added)
-    if not edit.replace(value, added[-1].outputs[0]):
-        return
-    for node in added:
-        for index, read in enumerate(node.inputs):
-            if read is added[-1].outputs[0]:
-                node.replace_input_with(index, value)
+    if edit.replace(value, result):
+        for node in added:
+            for index, read in enumerate(node.inputs):
+                if read is result:
+                    node.replace_input_with(index, value)

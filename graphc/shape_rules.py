@@ -1,26 +1,24 @@
 """How each operator turns the facts of its inputs into those of its outputs, for :mod:`graphc.shapes`.
 
-The operators that shape arithmetic and large models are made of have a rule here, with symbolic dims; the rest
-goes, one node at a time, through ONNX's own inference, which knows every operator but no arithmetic on dims.
+The operators that shape arithmetic and large models are made of have a rule, with symbolic dims; the rest goes,
+one node at a time, through ONNX's own inference, which knows every operator but no arithmetic on dims.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
-from graphc import control_flow, edit, symbolic, tensor_rules
-from graphc.edit import attribute
-from graphc.shapes import UNKNOWN, Fact, Facts, Rule, Shape
+from graphc import control_flow, edit, network_rules, size_rules, tensor_rules
+from graphc.shapes import RULES, UNKNOWN, Fact, Facts, Shape
 from graphc.symbolic import Dim, Unrepresentable
 
 Facts_ = Sequence[Fact]
 
-RULES: dict[str, Rule] = dict(tensor_rules.RULES)
-"""Rules by operator of the standard domain."""
+MODULES = (control_flow, network_rules, size_rules, tensor_rules)
+"""The modules that hold the rules; importing them fills the table."""
 
 
 def infer(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
@@ -28,220 +26,13 @@ def infer(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
     if node.domain not in ("", "ai.onnx"):
         return _onnx_inference(node, inputs, facts)
     found: Facts_ | None = None
-    rule = RULES.get(node.op_type)
-    if rule is not None:
+    known = RULES.get(node.op_type)
+    if known is not None:
         try:
-            found = rule(node, inputs, facts)
+            found = known(node, inputs, facts)
         except Unrepresentable:
             found = None
     return found if found is not None else _onnx_inference(node, inputs, facts)
-
-
-def _rule(*operators: str) -> Callable[[Rule], Rule]:
-    def add(rule: Rule) -> Rule:
-        RULES.update(dict.fromkeys(operators, rule))
-        return rule
-
-    return add
-
-
-@_rule(
-    "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "BitwiseNot", "Ceil", "Celu", "Clip", "Cos", "Cosh",
-    "CumSum", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Hardmax", "LRN", "LeakyRelu", "Log",
-    "LogSoftmax", "LpNormalization", "MeanVarianceNormalization", "Mish", "PRelu", "Reciprocal", "Relu", "Round",
-    "Selu", "Shrink", "Sigmoid", "Sin", "Sinh", "Softmax", "Softplus", "Softsign", "Sqrt", "Swish", "Tan", "Tanh",
-    "ThresholdedRelu", "Trilu", "InstanceNormalization", "GroupNormalization", "RMSNormalization", "ScatterElements",
-    "ScatterND", "Scatter", "ReverseSequence", "RotaryEmbedding",
-)  # fmt: skip
-def _like_first(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
-    return [Fact(inputs[0].dtype, inputs[0].shape)] if inputs[0].dtype is not None else None
-
-
-@_rule("IsNaN", "IsInf")
-def _predicate(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
-    return [Fact(ir.DataType.BOOL, inputs[0].shape)]
-
-
-@_rule("Dropout")
-def _dropout(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
-    return [Fact(inputs[0].dtype, inputs[0].shape), Fact(ir.DataType.BOOL, inputs[0].shape)]
-
-
-@_rule("LayerNormalization")
-def _layer_normalization(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
-    x = inputs[0]
-    statistics = UNKNOWN
-    if x.shape is not None:
-        axis = attribute(node, "axis", -1) % max(len(x.shape), 1)
-        statistics = Fact(ir.DataType.FLOAT, x.shape[:axis] + (1,) * (len(x.shape) - axis))
-    return [Fact(x.dtype, x.shape), statistics, statistics]
-
-
-@_rule("BatchNormalization")
-def _batch_normalization(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
-    channels = [Fact(inputs[i].dtype, inputs[i].shape) for i in (3, 4)] if len(inputs) > 4 else []
-    return [Fact(inputs[0].dtype, inputs[0].shape), *channels, *channels]
-
-
-@_rule("MatMul")
-def _matmul(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
-    a, b = inputs[0], inputs[1]
-    if a.shape is None or b.shape is None:
-        return [Fact(a.dtype)]
-    if not a.shape or not b.shape:
-        return None
-    x = a.shape if len(a.shape) > 1 else (1, *a.shape)
-    y = b.shape if len(b.shape) > 1 else (*b.shape, 1)
-    shape = tensor_rules.broadcast_shapes(x[:-2], y[:-2])
-    if len(a.shape) > 1:
-        shape += (x[-2],)
-    if len(b.shape) > 1:
-        shape += (y[-1],)
-    return [Fact(a.dtype, shape)]
-
-
-@_rule("Gemm")
-def _gemm(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
-    a, b = inputs[0], inputs[1]
-    if a.shape is None or b.shape is None or len(a.shape) != 2 or len(b.shape) != 2:
-        return [Fact(a.dtype, facts.freshen(2))]
-    rows = a.shape[1 if attribute(node, "transA", 0) else 0]
-    columns = b.shape[0 if attribute(node, "transB", 0) else 1]
-    return [Fact(a.dtype, (rows, columns))]
-
-
-def _window(
-    size: Dim, kernel: int, stride: int, dilation: int, begin: int, end: int, auto_pad: str, ceil_mode: bool
-) -> Dim | None:
-    """How many windows a convolution or pooling makes along one axis (ONNX, operators Conv and MaxPool)."""
-    if auto_pad in ("SAME_UPPER", "SAME_LOWER"):
-        return symbolic.ceildiv(size, stride)
-    span = (kernel - 1) * dilation + 1
-    padding = 0 if auto_pad == "VALID" else begin + end
-    room = symbolic.add(size, padding - span)
-    if not ceil_mode:
-        steps = symbolic.floordiv(room, stride)
-        return None if steps is None else symbolic.add(steps, 1)
-    if not isinstance(room, int):
-        return None
-    count = -(-room // stride) + 1
-    # A window that would start in the padding at the end is left out (opset 19; runtimes always did so).
-    if isinstance(size, int) and (count - 1) * stride >= size + (0 if auto_pad == "VALID" else begin):
-        count -= 1
-    return count
-
-
-def _windows(node: ir.Node, spatial: Shape, kernel: Sequence[int], facts: Facts) -> Shape:
-    n = len(spatial)
-    strides = attribute(node, "strides") or (1,) * n
-    dilations = attribute(node, "dilations") or (1,) * n
-    pads = attribute(node, "pads") or (0,) * (2 * n)
-    auto_pad = attribute(node, "auto_pad", "NOTSET")
-    ceil_mode = bool(attribute(node, "ceil_mode", 0))
-    if not len(strides) == len(dilations) == len(kernel) == n or len(pads) != 2 * n:
-        return facts.freshen(n)
-    dims = []
-    for i, size in enumerate(spatial):
-        dim = _window(size, kernel[i], strides[i], dilations[i], pads[i], pads[n + i], auto_pad, ceil_mode)
-        dims.append(facts.fresh() if dim is None else symbolic.as_size(dim))
-    return tuple(dims)
-
-
-@_rule("Conv")
-def _conv(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
-    x, w = inputs[0], inputs[1]
-    if x.shape is None or w.shape is None or len(x.shape) != len(w.shape) or len(x.shape) < 3:
-        return [Fact(x.dtype)]
-    kernel: Any = attribute(node, "kernel_shape") or w.shape[2:]
-    if not all(isinstance(k, int) for k in kernel):
-        return [Fact(x.dtype, (x.shape[0], w.shape[0], *facts.freshen(len(kernel))))]
-    return [Fact(x.dtype, (x.shape[0], w.shape[0], *_windows(node, x.shape[2:], kernel, facts)))]
-
-
-@_rule("MaxPool", "AveragePool", "LpPool")
-def _pool(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
-    x = inputs[0]
-    kernel = attribute(node, "kernel_shape")
-    if x.shape is None or kernel is None or len(x.shape) != len(kernel) + 2:
-        return [Fact(x.dtype)]
-    shape = x.shape[:2] + _windows(node, x.shape[2:], kernel, facts)
-    return [Fact(x.dtype, shape), Fact(ir.DataType.INT64, shape)]
-
-
-@_rule("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
-def _global_pool(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
-    x = inputs[0]
-    return [Fact(x.dtype, None if x.shape is None else x.shape[:2] + (1,) * (len(x.shape) - 2))]
-
-
-@_rule("Resize", "Upsample")
-def _resize(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
-    x = inputs[0]
-    cropped = attribute(node, "coordinate_transformation_mode") == "tf_crop_and_resize"
-    if x.shape is None or cropped or attribute(node, "axes") is not None:
-        return None
-    if len(inputs) > 3 and node.inputs[3] is not None:
-        sizes = inputs[3].items
-        policy = attribute(node, "keep_aspect_ratio_policy", "stretch")
-        if sizes is None or len(sizes) != len(x.shape) or policy != "stretch":
-            return [Fact(x.dtype, facts.freshen(len(x.shape)))]
-        return [Fact(x.dtype, tuple(facts.fresh() if d is None else d for d in sizes))]
-    scales = facts.array(node.inputs[-1]) if len(node.inputs) in (2, 3) else None
-    if scales is None or scales.size != len(x.shape):
-        return [Fact(x.dtype, facts.freshen(len(x.shape)))]
-    dims: list[Dim] = []
-    for dim, scale in zip(x.shape, scales.reshape(-1).astype(np.float32), strict=True):
-        if isinstance(dim, int):
-            dims.append(int(np.floor(np.float32(dim) * scale)))
-        elif float(scale).is_integer():
-            dims.append(symbolic.mul(dim, int(scale)))
-        else:
-            dims.append(facts.fresh())
-    return [Fact(x.dtype, tuple(dims))]
-
-
-@_rule("LSTM", "GRU", "RNN")
-def _recurrent(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
-    x, hidden = inputs[0], attribute(node, "hidden_size")
-    if x.shape is None or len(x.shape) != 3 or hidden is None:
-        return None
-    y: Shape
-    state: Shape
-    directions = 2 if attribute(node, "direction", "forward") == "bidirectional" else 1
-    if attribute(node, "layout", 0):
-        batch, length = x.shape[0], x.shape[1]
-        y, state = (batch, length, directions, hidden), (batch, directions, hidden)
-    else:
-        length, batch = x.shape[0], x.shape[1]
-        y, state = (length, directions, batch, hidden), (directions, batch, hidden)
-    return [Fact(x.dtype, y), Fact(x.dtype, state), Fact(x.dtype, state)]
-
-
-@_rule("TopK")
-def _top_k(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
-    x = inputs[0]
-    if x.shape is None or not x.shape or len(inputs) < 2:
-        return None
-    axis = attribute(node, "axis", -1) % len(x.shape)
-    items = inputs[1].items
-    k = items[0] if items is not None and len(items) == 1 else None
-    shape = (*x.shape[:axis], facts.fresh() if k is None else k, *x.shape[axis + 1 :])
-    return [Fact(x.dtype, shape), Fact(ir.DataType.INT64, shape)]
-
-
-@_rule("If")
-def _if(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
-    return control_flow.if_facts(node, inputs, facts)
-
-
-@_rule("Loop")
-def _loop(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
-    return control_flow.loop_facts(node, inputs, facts)
-
-
-@_rule("Scan")
-def _scan(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
-    return control_flow.scan_facts(node, inputs, facts)
 
 
 def _onnx_inference(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:

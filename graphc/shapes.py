@@ -72,6 +72,20 @@ Rule = Callable[[ir.Node, Sequence[Fact], "Facts"], "Sequence[Fact] | None"]
 """Facts of the outputs of a node from those of its inputs (``UNKNOWN`` for omitted ones); None if it cannot tell."""
 
 
+RULES: dict[str, Rule] = {}
+"""Rules by operator of the standard domain; the modules of rules fill it."""
+
+
+def rule(*operators: str) -> Callable[[Rule], Rule]:
+    """Register a rule for these operators."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(operators, function))
+        return function
+
+    return register
+
+
 class Facts:
     """The facts of a model's values, computed node by node in topological order.
 

@@ -99,9 +99,17 @@ def _tensor(tensor: ir.TensorProtocol | None) -> str:
 
 
 def _number(value: Any) -> str:
-    if isinstance(value, list):
-        return "{" + ",".join(map(_number, value)) + "}"
-    return repr(value) if isinstance(value, str | bytes) else f"{value:.9g}" if isinstance(value, float) else str(value)
+    match value:
+        case list():
+            return "{" + ",".join(map(_number, value)) + "}"
+        case float():
+            return f"{value:.9g}"
+        case bytes():
+            return repr(value.decode(errors="replace"))
+        case str():
+            return repr(value)
+        case _:
+            return str(value)
 
 
 def _attribute(attr: ir.Attr) -> str:

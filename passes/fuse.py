@@ -49,7 +49,29 @@ _ROUNDS = 10
 
 @dataclass(frozen=True)
 class Fuse(Pass):
-    """Compute the same with fewer operators: fold scales, shifts, padding and bounds into neighbours."""
+    """Compute the same with fewer operators: fold scales, shifts, padding and bounds into neighbours.
+
+    New weights are computed in float64 and rounded once. What was tried and did not apply is refused with its
+    reason. Rules, as ``only`` and ``skip`` name them:
+
+    - ``elementwise``: Gelu, HardSwish, HardSigmoid and Mish written out become one operator.
+    - ``layer-norm``: Layer normalisation written out becomes LayerNormalization.
+    - ``pad``: Pad before Conv, AveragePool or MaxPool becomes its padding.
+    - ``conv-bn``: BatchNormalization after Conv or ConvTranspose goes into it.
+    - ``conv-affine``: Add, Sub, Mul, Div by constants after Conv or ConvTranspose go into it.
+    - ``matmul-bn``: BatchNormalization after MatMul or Gemm goes into it.
+    - ``matmul-affine``: Add, Sub, Mul, Div by constants after MatMul or Gemm go into it.
+    - ``bn-conv``: BatchNormalization before an unpadded Conv goes into it.
+    - ``affine-conv``: Add, Sub, Mul, Div by constants before Conv or ConvTranspose go into it.
+    - ``bn-matmul``: BatchNormalization before MatMul or Gemm goes into it.
+    - ``affine-matmul``: Add, Sub, Mul, Div by constants before MatMul or Gemm go into it.
+    - ``affine-chain``: Add, Sub, Mul, Div by constants in a row become one Mul, one Add or both.
+    - ``batchnorm-arithmetic``: A scale and a shift per channel in a row become one
+      BatchNormalization.
+    - ``matmul-add``: A two-dimensional MatMul, or a Gemm without bias, and an Add become one Gemm.
+    - ``gemm-transpose``: Transpose before Gemm becomes its transA or transB.
+    - ``clip``: Relu and Clip in a row become one of them.
+    """
 
     effect: ClassVar[Effect] = Effect.EXACT
 

@@ -139,14 +139,13 @@ class Prune(Pass):
         scores = self._scores(groups, chosen, ctx)
         limits = {g.name: Limits(max(self.min_keep, g.min_keep), self._multiple(g, ctx)) for g in chosen}
         cost = allocation.Cost(model, chosen, self.of)
-        keep = allocation.allocate(
-            chosen, allocation.normalised(scores), self.ratio, cost, limits, self.scope
-        )
+        keep = allocation.allocate(chosen, allocation.normalised(scores), self.ratio, cost, limits, self.scope)
         removed = {name: int(mask.shape[-1] - mask.reshape(-1, mask.shape[-1])[0].sum()) for name, mask in keep.items()}
         reached = 1 - cost(removed) / cost({}) if cost({}) else 0.0
         if reached < self.ratio - 0.01:
             result.refuse(
-                "prune", f"only {reached:.1%} of the {self.of} can go: what is left is fixed, excluded, or kept by limits"
+                "prune",
+                f"only {reached:.1%} of the {self.of} can go: what is left is fixed, excluded, or kept by limits",
             )
         for group in chosen:
             if limits[group.name].least > 1 and group.size - removed.get(group.name, 0) == limits[group.name].least:

@@ -44,9 +44,7 @@ class Shrink(Pass):
         return result
 
 
-def _cut(
-    model: ir.Model, groups: Groups, dead: Mapping[str, Dead], result: PassResult, interface: bool
-) -> bool:
+def _cut(model: ir.Model, groups: Groups, dead: Mapping[str, Dead], result: PassResult, interface: bool) -> bool:
     """Remove the units that contribute nothing."""
     keep = {}
     for name, found in dead.items():
@@ -88,7 +86,9 @@ def _refuse(groups: Groups, dead: Mapping[str, Dead], result: PassResult) -> Non
             continue
         if not group.exact:
             nodes = ", ".join(sorted({n.node.op_type for n in group.normalisers}))
-            result.refuse(name, f"{nodes} divides by the width: without its zeros it computes something else (narrow-norm)")
+            result.refuse(
+                name, f"{nodes} divides by the width: without its zeros it computes something else (narrow-norm)"
+            )
         elif found.silent.all(axis=None):
             result.refuse(name, "all of its units are dead, and one must stay")
         elif group.blocks and not found.silent.any(axis=-1).all():
@@ -97,9 +97,7 @@ def _refuse(groups: Groups, dead: Mapping[str, Dead], result: PassResult) -> Non
             result.refuse(name, f"a constraint keeps the rest: {'; '.join(group.constraints) or 'at least one stays'}")
 
 
-def _fold(
-    model: ir.Model, sites: Sites, dead: Mapping[str, Dead], known: Knowledge, result: PassResult
-) -> bool:
+def _fold(model: ir.Model, sites: Sites, dead: Mapping[str, Dead], known: Knowledge, result: PassResult) -> bool:
     """Move what units contribute as constants into the biases of their readers, and write the units dead.
 
     Returns:
@@ -107,7 +105,7 @@ def _fold(
     """
     groups = sites.groups
     keep: dict[str, Array] = {}
-    moved: list[tuple[Fold, Array]] = []
+    moved: dict[ir.Node, tuple[Fold, Array]] = {}
     for name, found in dead.items():
         group = groups[name]
         mask = keepable(group, found.constant) if group.exact and group.neutral == 0 else None
@@ -115,14 +113,17 @@ def _fold(
             continue
         keep[name] = mask
         for fold, indices in deadness.folds(sites, group, ~mask, known):
-            moved.append((fold, fold.bias(indices)))
+            # An index that goes with two groups is folded once.
+            before = moved[fold.node][1] if fold.node in moved else np.zeros_like(indices)
+            moved[fold.node] = (fold, before | indices)
         result.change("constant folded into a bias", int((~mask & ~found.silent).sum()))
     if not keep:
         return False
+    biases = [(node, fold.bias(indices)) for node, (fold, indices) in moved.items()]
     cut.zero(model, groups, keep)
     names = edit.Names(model)
-    for fold, bias in moved:
-        _add_bias(fold.node, bias, names)
+    for node, bias in biases:
+        _add_bias(node, bias, names)
     return True
 
 
@@ -160,10 +161,9 @@ def _insert_add(node: ir.Node, vector: ir.Value, names: edit.Names) -> None:
     assert graph is not None
     total = ir.Value(name=names.fresh(f"{out.name}.plus"), shape=out.shape, type=out.type)
     add = ir.Node("", "Add", [out, vector], outputs=[total], name=total.name)
-    if not edit.replace(out, total):
-        raise AssertionError("the output of a node can always be replaced by another node's")
-    add.replace_input_with(0, out)
     graph.insert_after(node, add)
+    edit.replace(out, total)
+    add.replace_input_with(0, out)
 
 
 def _root(graph: ir.Graph | ir.Function) -> ir.Graph:

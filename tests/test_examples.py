@@ -85,13 +85,9 @@ def test_cmake_example_builds_once_and_again_when_the_model_changes(
 
 def test_python_example_optimises_and_verifies(tmp_path: Path) -> None:
     output = tmp_path / "out.onnx"
-    shown = run(
-        sys.executable, EXAMPLES / "python" / "optimize.py", EXAMPLES / "models" / "ppocr_cls.onnx", output
-    )
+    shown = run(sys.executable, EXAMPLES / "python" / "optimize.py", EXAMPLES / "models" / "ppocr_cls.onnx", output)
     assert "outputs equal: True" in shown
-    assert len(onnx.load(output).graph.node) < len(
-        onnx.load(EXAMPLES / "models" / "ppocr_cls.onnx").graph.node
-    )
+    assert len(onnx.load(output).graph.node) < len(onnx.load(EXAMPLES / "models" / "ppocr_cls.onnx").graph.node)
 
 
 def commands() -> list[tuple[str, str]]:

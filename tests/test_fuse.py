@@ -196,6 +196,18 @@ def test_products(body: str, constants: dict, expected: list[str]) -> None:
     assert operators(after) == expected
 
 
+def test_casts_on_the_way_are_passed_unless_digits_would_be_lost() -> None:
+    wide = {name: array.astype(np.float64) for name, array in (("m", T), ("g", S), ("b", B))}
+    body = """c = Conv(x, w) h = Transpose<perm=[0,2,3,1]>(c) k = Cast<to=11>(h) d = Sub(k, m) e = Mul(d, g)
+              f = Add(e, b) y = Cast<to=1>(f)"""
+    after, _ = fused(build(body, w=W, **wide))
+    assert operators(after) == ["Conv", "Transpose", "Cast", "Cast"]
+    body = "k = Cast<to=11>(x) a = Sub(k, s) b = Cast<to=1>(a) y = Gemm(b, w, c)"
+    model = build(body, x=ROWS, w=M, c=B, s=np.full(6, 1.5))
+    after, _ = fused(model)
+    assert operators(after) == operators(model)
+
+
 def test_a_product_of_higher_rank_keeps_its_add() -> None:
     model = build("p = MatMul(x, w) q = Mul(p, s) y = Add(q, t)", x="float[N,3,6] x", w=M, s=S, t=T)
     after, result = fused(model)
@@ -641,6 +653,11 @@ def test_inside_local_functions_constants_stay_nodes() -> None:
     model = ir.from_onnx_text(text)
     after, _ = fused(model)
     assert sorted(operators(after)) == ["Constant", "MatMul", "lin"]
+
+
+def test_the_documentation_names_every_rule() -> None:
+    for name, sentence in ((n, t) for stage in fuse.STAGES for rule in stage for n, t in rule.names.items()):
+        assert f"- ``{name}``: {sentence}" in " ".join((Fuse.__doc__ or "").split()), name
 
 
 def test_options() -> None:

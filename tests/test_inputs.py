@@ -114,7 +114,8 @@ class TestRoles:
 
     def test_offsets_move_the_bound(self) -> None:
         model = parse(
-            "g (int64[B,S] i, float[50,4] t) => (float[B,S,4] y) { k = Constant<value_int=2>() j = Add(i, k) y = Gather(t, j) }"
+            """g (int64[B,S] i, float[50,4] t) => (float[B,S,4] y) {
+                k = Constant<value_int=2>() j = Add(i, k) y = Gather(t, j) }"""
         )
         assert role(model, model.graph.inputs[0]).bounds == [48]
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from hypothesis import HealthCheck, given, note, reject, settings
+from hypothesis import HealthCheck, Phase, given, note, reject, settings
 from hypothesis import strategies as st
 
 from graphc import edit, runtime
@@ -384,7 +384,12 @@ def test_random_graphs(data: st.DataObject) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=int(os.environ.get("GRAPHC_EXAMPLES", "1000")), deadline=None, suppress_health_check=_QUIET)
+@settings(
+    max_examples=int(os.environ.get("GRAPHC_EXAMPLES", "1000")),
+    deadline=None,
+    suppress_health_check=_QUIET,
+    phases=[Phase.generate],  # shrinking such graphs takes many minutes
+)
 @given(st.data())
 def test_many_random_graphs(data: st.DataObject) -> None:
     check(data, steps=25)

@@ -64,7 +64,9 @@ def test_a_coefficient_out_of_range_is_refused() -> None:
 
 DIMS = st.recursive(
     st.one_of(st.integers(-4, 9), st.sampled_from(["N", "M"])),
-    lambda inner: st.tuples(st.sampled_from(["add", "sub", "mul", "floordiv", "truncdiv", "maximum", "minimum"]), inner, inner),
+    lambda inner: st.tuples(
+        st.sampled_from(["add", "sub", "mul", "floordiv", "truncdiv", "maximum", "minimum"]), inner, inner
+    ),
     max_leaves=8,
 )
 

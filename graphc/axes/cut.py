@@ -16,10 +16,11 @@ import onnx_ir as ir
 from graphc import edit
 from graphc.axes.algebra import Axis, find, leaves
 from graphc.axes.apply import Application
-from graphc.axes.groups import NORMALISERS, Groups
+from graphc.axes.groups import NORMALISERS, Group, Groups
 from graphc.axes.operands import Operands
 from graphc.axes.selection import Masks, Selection, problems
 from graphc.axes.size import Size
+from graphc.axes.trace import Trace
 from graphc.contract import PassResult
 from graphc.errors import BadInput
 
@@ -67,14 +68,14 @@ def check(groups: Groups, keep: Masks) -> list[str]:
     return problems(groups, keep)
 
 
-def _selection(model: ir.Model, groups: Groups, keep: Masks) -> Selection:
+def _selection(model: ir.Model, groups: Groups, keep: Masks) -> tuple[Selection, list[Group]]:
     if groups.model is not model:
         raise ValueError("the groups belong to another model")
     found = problems(groups, keep)
     if found:
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise BadInput(f"the units cannot be cut: {found[0]}{more}")
-    return Selection(groups, keep)
+    return Selection.of(groups, keep), [groups[name] for name, mask in keep.items() if not np.asarray(mask).all()]
 
 
 def cut(model: ir.Model, groups: Groups, keep: Masks, *, compensate: bool = True) -> PassResult:
@@ -93,21 +94,26 @@ def cut(model: ir.Model, groups: Groups, keep: Masks, *, compensate: bool = True
     Raises:
         BadInput: ``check`` has something against it. Nothing is changed then.
     """
-    selection = _selection(model, groups, keep)
+    selection, chosen = _selection(model, groups, keep)
     result = PassResult()
-    if not selection.groups:
+    if not chosen:
         return result
-    surgery = _Surgery(groups, selection)
+    operate(groups.trace, selection, result, compensate=compensate)
+    for group in chosen:
+        result.change(f"{group.kind} units removed", group.size - _kept(keep[group.name]))
+    return result
+
+
+def operate(trace: Trace, selection: Selection, result: PassResult, *, compensate: bool = True) -> None:
+    """Remove what a selection does not keep from the traced graph; see ``cut``."""
+    surgery = _Surgery(trace, selection)
     surgery.operands.decide()
-    surgery.constants(result)
+    result.change("constant sliced", surgery.constants())
     surgery.attributes()
     if compensate:
         surgery.normalisers()
     result.change("operand rewritten", surgery.operands.apply())
     surgery.shapes()
-    for group in selection.groups:
-        result.change(f"{group.kind} units removed", group.size - _kept(keep[group.name]))
-    return result
 
 
 def zero(model: ir.Model, groups: Groups, keep: Masks) -> PassResult:
@@ -121,22 +127,22 @@ def zero(model: ir.Model, groups: Groups, keep: Masks) -> PassResult:
     Raises:
         BadInput: ``check`` has something against it. Nothing is changed then.
     """
-    selection = _selection(model, groups, keep)
+    selection, chosen = _selection(model, groups, keep)
     result = PassResult()
     trace = groups.trace
     zeroed: dict[ir.Value, list[Axis]] = {}
-    for group in selection.groups:
+    for group in chosen:
         if group.neutral != 0.0:
-            _bar(groups, selection, group.leaf)
+            _bar(trace, selection, group.leaf)
         for place in group.places:
             if place.role != "carries":
                 zeroed.setdefault(place.value, []).append(place.tree)
-    for value, chosen in zeroed.items():
+    for value, trees in zeroed.items():
         axes = trace.axes[value] or ()
         old = edit.tensor(value)
         if old is not None:
-            write(value, _lazy(old, tuple(old.shape.numpy()), lambda a, x=axes, c=chosen: selection.dead(x, a, c)))
-    for group in selection.groups:
+            write(value, _lazy(old, tuple(old.shape.numpy()), lambda a, x=axes, t=trees: selection.dead(x, a, t)))
+    for group in chosen:
         result.change(f"{group.kind} units zeroed", group.size - _kept(keep[group.name]))
     return result
 
@@ -145,10 +151,9 @@ def _kept(mask: Array) -> int:
     return int(np.asarray(mask).sum(axis=-1).max())
 
 
-def _bar(groups: Groups, selection: Selection, leaf: Axis) -> None:
+def _bar(trace: Trace, selection: Selection, leaf: Axis) -> None:
     """Add -inf to dead units wherever they compete."""
-    trace = groups.trace
-    names = edit.Names(groups.model)
+    names = edit.Names(trace.model)
     for fact in list(trace.facts):
         if fact.what != "^" or fact.operand is None or fact.source is None:
             continue
@@ -199,13 +204,13 @@ def write(value: ir.Value, tensor: ir.TensorProtocol) -> None:
 class _Surgery:
     """The steps of one cut."""
 
-    def __init__(self, groups: Groups, selection: Selection) -> None:
-        self.groups, self.selection = groups, selection
-        self.trace = groups.trace
-        self.names = edit.Names(groups.model)
+    def __init__(self, trace: Trace, selection: Selection) -> None:
+        self.trace, self.selection = trace, selection
+        self.names = edit.Names(trace.model)
         self.operands = Operands(self.trace, selection, self.names)
 
-    def constants(self, result: PassResult) -> None:
+    def constants(self) -> int:
+        """Slice all constants; returns how many."""
         count = 0
         for value in self.trace.order:
             axes = self.trace.axes[value] or ()
@@ -215,7 +220,7 @@ class _Surgery:
             shape = tuple(int(self.selection.size(axis)) for axis in axes)  # type: ignore[arg-type]
             write(value, _lazy(old, shape, lambda a, x=axes: self.selection.take(x, a)))
             count += 1
-        result.change("constant sliced", count)
+        return count
 
     def _size(self, application: Application, names: str) -> Size:
         total: Size = 1

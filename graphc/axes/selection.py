@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,35 +66,40 @@ def _counts(groups: Groups, group: Group, mask: Array, keep: Masks) -> list[str]
     return []
 
 
+@dataclass
 class Selection:
-    """Masks resolved to leaves.
+    """Masks by leaf.
 
-    Args:
-        groups: The analysis.
-        keep: Masks that ``problems`` finds nothing wrong with.
+    Attributes:
+        flat: Which indices of a leaf survive.
+        ragged: The leaves whose units are the blocks of a leaf, and which indices survive in each block.
+        units: Whether a single position survives.
     """
 
-    def __init__(self, groups: Groups, keep: Masks) -> None:
-        self.flat: dict[Axis, Array] = {}
-        self.ragged: dict[Axis, tuple[tuple[Axis, ...], Array]] = {}
-        self.units: dict[Axis, bool] = {}
-        self.groups: list[Group] = []
+    flat: dict[Axis, Array] = field(default_factory=dict)
+    ragged: dict[Axis, tuple[tuple[Axis, ...], Array]] = field(default_factory=dict)
+    units: dict[Axis, bool] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, groups: Groups, keep: Masks) -> Selection:
+        """The leaves of masks that ``problems`` finds nothing wrong with."""
+        made = cls()
         for name, mask in keep.items():
             group, array = groups[name], np.asarray(mask)
             if array.all():
                 continue
-            self.groups.append(group)
             if group.numbers is not None:
-                self.units |= {unit: bool(array[number]) for unit, number in group.numbers.items()}
+                made.units |= {unit: bool(array[number]) for unit, number in group.numbers.items()}
             elif array.ndim == 1:
-                self.flat[group.leaf] = array
+                made.flat[group.leaf] = array
             else:
                 rows = array.reshape(-1, group.size)
                 alive = rows[rows.any(axis=1)]
                 if (alive == alive[0]).all():
-                    self.flat[group.leaf] = alive[0]
+                    made.flat[group.leaf] = alive[0]
                 else:
-                    self.ragged[group.leaf] = (group.outer, array)
+                    made.ragged[group.leaf] = (group.outer, array)
+        return made
 
     def touches(self, axis: Axis) -> bool:
         """Whether an axis loses indices."""

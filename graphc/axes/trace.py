@@ -72,6 +72,7 @@ class Trace:
         self.interface = interface
         self.axes: dict[ir.Value, Axes | None] = {}
         self.known: dict[ir.Value, symbolic.Known] = {}
+        self._constants: dict[ir.Value, ir.DataType] = {}
         self.facts: list[Fact] = []
         self.indexes: dict[ir.Value, Axis] = {}
         self.roots: dict[ir.Value, tuple[ir.Value, ...]] = {}
@@ -140,6 +141,7 @@ class Trace:
         if tensor is None or tensor.size > symbolic.LIMIT or tensor.dtype == ir.DataType.STRING:
             return None
         array = symbolic.known(tensor.numpy())
+        self._constants[value] = tensor.dtype
         self.known[value] = array
         return array
 
@@ -200,26 +202,21 @@ class Trace:
             else:
                 self.axes[node.outputs[0]] = self.declared(node.outputs[0])
             return True
-        derived = False
+        derived, integral = False, bool(node.inputs)
         inputs: list[symbolic.Known | None] = []
         for value in node.inputs:
             if value is None:
                 inputs.append(None)
                 continue
-            if value in self.known and value not in self.roots:
-                derived = derived or edit.tensor(value) is None
-                inputs.append(self.known[value])
-                continue
-            tensor = edit.tensor(value)
-            if tensor is None or tensor.size > symbolic.LIMIT:
+            held = self.known.get(value)
+            if held is None and (held := self.value_of(value)) is None:
                 return False
-            inputs.append(self.value_of(value))
-            if inputs[-1] is None:
-                return False
-        integral = all(
-            v is None or v in self.known and edit.tensor(v) is None or _is_integral(v) for v in node.inputs
-        )
-        if not (derived or (integral and node.inputs)):
+            if value not in self._constants:
+                derived = True
+            elif self._constants[value].is_floating_point():
+                integral = False
+            inputs.append(held)
+        if not (derived or integral):
             return False
         results = symbolic.evaluate(node, inputs)
         if results is None:
@@ -280,11 +277,6 @@ class Trace:
                     self.unifier.unify(known, axis)
             elif value not in self._consumed:
                 self.fix([axis], f"{node.op_type} computes with indices along this axis", node)
-
-
-def _is_integral(value: ir.Value) -> bool:
-    tensor = edit.tensor(value)
-    return tensor is not None and (tensor.dtype.is_integer() or tensor.dtype == ir.DataType.BOOL)
 
 
 def _captured(graph: ir.Graph) -> list[ir.Value]:

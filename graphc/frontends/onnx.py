@@ -13,7 +13,7 @@ from graphc import container, edit, files, wellformed
 from graphc.contract import PassResult
 from graphc.errors import BadInput
 from graphc.frontends import Source
-from graphc.model import constants, from_proto
+from graphc.model import from_proto
 from graphc.portable import WORKING_OPSET, lower_opset
 from graphc.upgrade import OLDEST, BoundByCaller, Unconvertible, upgrade
 
@@ -28,15 +28,15 @@ def load(path: Path) -> Source:
         BadInput: The model cannot be used; the message says what, where, why and what to do.
     """
     found = locate(path)
-    proto = container.read(found)
+    contents = container.read(found)
+    proto = contents.proto
     wellformed.check(proto, found)
     inferred = wellformed.infer(proto, found)
     original = from_proto(proto, found)
     result = PassResult()
     _repair(original, result)
     model = _at_working_opset(original, inferred, result)
-    external = {Path(t.path) for t in constants(original) if isinstance(t, ir.ExternalTensor)}
-    return Source(model, original, path, (found, *sorted(external - {found.absolute()})), result)
+    return Source(model, original, path, contents.files, result)
 
 
 def locate(path: Path) -> Path:

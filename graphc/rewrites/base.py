@@ -156,6 +156,28 @@ class Rewriter:
         before.prepend(made)
         return made.outputs[0]
 
+    def supersede(
+        self, node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], attributes: dict[str, Any] | None = None
+    ) -> ir.Node:
+        """Replace a node by another one that computes its only output; name and metadata stay.
+
+        Args:
+            node: What is replaced and removed.
+            op_type: A standard operator.
+            inputs: Its inputs.
+            attributes: Its attributes.
+        """
+        old = node.outputs[0]
+        made = ir.node(op_type, inputs, attributes, name=node.name, metadata_props=dict(node.metadata_props))
+        made.outputs[0].type, made.outputs[0].shape = old.type, old.shape
+        name = old.name
+        node.prepend(made)
+        replaced = edit.replace(old, made.outputs[0])
+        assert replaced, "the new value is neither input, output nor initializer"
+        made.outputs[0].name = name
+        self.drop(node)
+        return made
+
     def follow(self, value: ir.Value, op_type: str, others: Sequence[ir.Value]) -> ir.Value:
         """Put ``op_type(value, *others)``, of the same type and shape, between a value and its readers."""
         producer = value.producer()

@@ -59,22 +59,25 @@ def merge(node: ir.Node, rewriter: Rewriter) -> str | None:
     last = row[-1].node
     as_batchnorm = axis == 1 and rank > 2 and (any(p.is_batchnorm for p in row) or (is_scale and is_shift))
     if as_batchnorm and "batchnorm-arithmetic" in rewriter.enabled:
-        new = _batchnorm(row, scale, shift, dtype, rewriter)
+        parameters = _parameters(last, scale, shift, dtype, rewriter)
+        rewriter.supersede(last, "BatchNormalization", [row[0].x, *parameters], {"epsilon": 0.0})
         what = f"{what} merged into BatchNormalization"
     elif "affine-chain" in rewriter.enabled and is_scale + is_shift < len(row) and (is_scale or is_shift):
-        new = row[0].x
-        for wanted, op_type, numbers in ((is_scale, "Mul", scale), (is_shift, "Add", shift)):
-            if wanted:
-                tail = (1,) * (rank - axis - 1) if axis is not None and numbers.ndim else ()
-                held = rounded(numbers.reshape(numbers.shape + tail), dtype, op_type)
-                stem = f"{last.outputs[0].name}.{op_type.lower()}"
-                inputs = [new, rewriter.constant(last, held, f"{stem}.constant")]
-                new = rewriter.insert(last, op_type, inputs, name=rewriter.fresh(stem), like=last.outputs[0])
+        tail = (1,) * (rank - axis - 1) if axis is not None else ()
+        steps = [step for step, wanted in ((("Mul", scale), is_scale), (("Add", shift), is_shift)) if wanted]
+        value = row[0].x
+        for op_type, numbers in steps:
+            held = rounded(numbers.reshape(numbers.shape + (tail if numbers.ndim else ())), dtype, op_type)
+            stem = f"{last.outputs[0].name}.{op_type.lower()}"
+            inputs = [value, rewriter.constant(last, held, f"{stem}.constant")]
+            if numbers is steps[-1][1]:
+                rewriter.supersede(last, op_type, inputs)
+            else:
+                value = rewriter.insert(last, op_type, inputs, name=rewriter.fresh(stem), like=last.outputs[0])
         what = f"{what} merged"
     else:
         return None
-    edit.replace(last.outputs[0], new)
-    for part in reversed(row):
+    for part in reversed(row[:-1]):
         rewriter.drop(part.node)
     return what
 
@@ -117,24 +120,14 @@ def _dtype(row: list[Affine]) -> ir.DataType | None:
     return None
 
 
-def _batchnorm(row: list[Affine], scale: Array, shift: Array, dtype: ir.DataType, rewriter: Rewriter) -> ir.Value:
-    """One BatchNormalization, of mean 0 and variance 1, in place of the row."""
-    last = row[-1].node
-    size = max(scale.size, shift.size)
-    stem = str(last.outputs[0].name)
+def _parameters(node: ir.Node, scale: Array, shift: Array, dtype: ir.DataType, rewriter: Rewriter) -> list[ir.Value]:
+    """Scale, bias, mean 0 and variance 1 of a BatchNormalization in place of a node."""
     numbers = {"scale": scale, "bias": shift, "mean": np.asarray(0.0), "var": np.asarray(1.0)}
-    inputs: list[ir.Value | None] = [row[0].x]
-    for name, exact in numbers.items():
-        held = rounded(np.broadcast_to(exact, (size,)), dtype, name)
-        inputs.append(rewriter.constant(last, held, f"{stem}.{name}"))
-    return rewriter.insert(
-        last,
-        "BatchNormalization",
-        inputs,
-        {"epsilon": 0.0},
-        name=rewriter.fresh(f"{stem}.bn"),
-        like=last.outputs[0],
-    )
+    size = max(scale.size, shift.size)
+    return [
+        rewriter.constant(node, rounded(np.broadcast_to(exact, (size,)), dtype, name), f"{node.outputs[0].name}.{name}")
+        for name, exact in numbers.items()
+    ]
 
 
 RULES = (

@@ -44,19 +44,16 @@ def merge(node: ir.Node, rewriter: Rewriter) -> str | None:
     # Clip(x, a, b) = min(max(x, a), b), so that the second wins where the ranges do not meet.
     low, high = (min(max(bound, second[0]), second[1]) for bound in first)
     what = f"{before.op_type}, {node.op_type} merged"
-    if (low, high) == (0.0, math.inf):
-        new = rewriter.insert(node, "Relu", [before.inputs[0]], name=rewriter.fresh("relu"), like=node.outputs[0])
-    else:
-        inputs: list[ir.Value | None] = [before.inputs[0]]
+    inputs: list[ir.Value | None] = [before.inputs[0]]
+    operator = "Relu" if (low, high) == (0.0, math.inf) else "Clip"
+    if operator == "Clip":
         for bound, name in ((low, "min"), (high, "max")):
             held = ir.Tensor(np.asarray(bound, dtype=dtype.numpy()), dtype=dtype)
             hint = f"{node.outputs[0].name}.{name}"
             inputs.append(None if math.isinf(bound) else rewriter.constant(node, held, hint))
         if inputs[-1] is None:
             inputs.pop()
-        new = rewriter.insert(node, "Clip", inputs, name=rewriter.fresh("clip"), like=node.outputs[0])
-    edit.replace(node.outputs[0], new)
-    rewriter.drop(node)
+    rewriter.supersede(node, operator, inputs)
     rewriter.drop(before)
     return what
 

@@ -109,16 +109,8 @@ def recognise(node: ir.Node, rewriter: Rewriter) -> str | None:
         source, region, function = found
         if function.since > rewriter.version or len(region) < 2:
             continue
-        new = rewriter.insert(
-            end,
-            function.operator,
-            [source],
-            dict(function.attributes),
-            name=rewriter.fresh(f"{end.outputs[0].name}.{function.operator.lower()}"),
-            like=end.outputs[0],
-        )
-        edit.replace(end.outputs[0], new)
-        for each in region:
+        rewriter.supersede(end, function.operator, [source], dict(function.attributes))
+        for each in region[1:]:
             rewriter.drop(each)
         return f"{function.operator} recognised"
     return None

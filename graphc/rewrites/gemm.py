@@ -40,15 +40,12 @@ def matmul_add(node: ir.Node, rewriter: Rewriter) -> str | None:
         wanted = rewriter.shape(result)
         if wanted is None or wanted[0] != shape[0] or not isinstance(shape[0], int):
             raise Refused("the added tensor may not broadcast to the product")
-    attributes = dict(product.attributes) if product.op_type == "Gemm" else {}
-    made = ir.node("Gemm", [*product.inputs[:2], addend], name=product.name)
-    made.attributes.update(attributes)
+    made = rewriter.supersede(node, "Gemm", [*product.inputs[:2], addend])
+    made.name = product.name
+    made.metadata_props.clear()
     made.metadata_props.update(product.metadata_props)
-    made.outputs[0].name = rewriter.fresh(f"{result.name}.gemm")
-    made.outputs[0].type, made.outputs[0].shape = result.type, node.outputs[0].shape
-    node.prepend(made)
-    edit.replace(node.outputs[0], made.outputs[0])
-    rewriter.drop(node)
+    if product.op_type == "Gemm":
+        made.attributes.update(product.attributes)
     rewriter.drop(product)
     return f"{product.op_type}, Add merged into Gemm"
 

@@ -37,18 +37,14 @@ def recognise(node: ir.Node, rewriter: Rewriter) -> str | None:
     if scale is None:
         ones = ir.tensor(np.ones(size, dtype=dtype.numpy()), dtype=dtype)
         scale = rewriter.constant(end[-1], ones, f"{end[-1].outputs[0].name}.scale")
-    new = rewriter.insert(
-        end[-1],
-        "LayerNormalization",
-        [x, _flat(scale, end[-1], rewriter), *([_flat(bias, end[-1], rewriter)] if bias is not None else [])],
-        {"axis": -1, "epsilon": eps},
-        name=rewriter.fresh(f"{end[-1].outputs[0].name}.layernorm"),
-        like=end[-1].outputs[0],
-    )
-    edit.replace(end[-1].outputs[0], new)
-    pending = [*reversed(end[1:]), *reversed(quotient), *nodes]
-    for each in pending:
-        rewriter.drop(each)
+    last = end[-1]
+    inputs = [x, _flat(scale, last, rewriter)]
+    if bias is not None:
+        inputs.append(_flat(bias, last, rewriter))
+    rewriter.supersede(last, "LayerNormalization", inputs, {"axis": -1, "epsilon": eps})
+    for each in dict.fromkeys((*reversed(end), *reversed(quotient), *nodes)):
+        if each.graph is not None:
+            rewriter.drop(each)
     return "LayerNormalization recognised"
 
 

@@ -1,20 +1,29 @@
-"""Operators that only move, add or drop axes, and where an axis goes through them."""
+"""Operators that leave numbers as they are and at most move axes, and where an axis goes through them."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
 from graphc import edit
+from graphc.rewrites.base import FLOATS
 
-OPERATORS = ("Transpose", "Squeeze", "Unsqueeze")
+OPERATORS = ("Transpose", "Squeeze", "Unsqueeze", "Cast")
+
+_FLOATS = frozenset(dtype.value for dtype in FLOATS)
 
 
 def is_view(node: ir.Node | None) -> bool:
-    return edit.is_op(node, *OPERATORS)
+    """Whether a node is one of them; a Cast is between floating-point types."""
+    if not edit.is_op(node, *OPERATORS):
+        return False
+    assert node is not None
+    return node.op_type != "Cast" or edit.attribute(node, "to") in _FLOATS
 
 
 def forward(node: ir.Node, rank: int, axis: int) -> tuple[int, int] | None:
     """The rank and place that ``axis`` of the view's input has in its output; None if it is not known."""
+    if node.op_type == "Cast":
+        return rank, axis
     if node.op_type == "Transpose":
         perm = _perm(node, rank)
         return None if perm is None else (rank, perm.index(axis))
@@ -31,7 +40,14 @@ def forward(node: ir.Node, rank: int, axis: int) -> tuple[int, int] | None:
 
 
 def backward(node: ir.Node, rank: int, axis: int) -> tuple[int, int] | None:
-    """The rank and place that ``axis`` of the view's output has in its input; None if it is not known."""
+    """The rank and place that ``axis`` of the view's output has in its input; None if it is not known.
+
+    A Cast is passed if it widens: what is computed before in a wider type would lose digits behind it.
+    """
+    if node.op_type == "Cast":
+        source = node.inputs[0].dtype if node.inputs[0] is not None else None
+        target = ir.DataType(edit.attribute(node, "to"))
+        return (rank, axis) if source in FLOATS and source.bitwidth <= target.bitwidth else None
     if node.op_type == "Transpose":
         perm = _perm(node, rank)
         return None if perm is None else (rank, perm[axis])

@@ -16,6 +16,8 @@ LAZY = 16 << 20
 """Bytes from which a computed constant is left to be computed when it is written, rather than held in memory."""
 _RELAYOUT = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 """Operators whose result is the same weight in another form, and keeps its name."""
+_VIEWS = frozenset({"ConstantOfShape", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+"""Operators whose result numpy gives as a view, whatever its size."""
 _FEW_BYTES = 16 << 10
 """Bytes up to which it does not matter that a constant is stored in two forms."""
 _SAMPLE = 4096
@@ -74,7 +76,8 @@ class Constants:
                 return
             self._shared[key] = self._put(value, ir.tensor(np.array(data, order="C")))
         else:
-            self._put(value, ir.tensor(data if _is_fill(data) else np.array(data, order="C")))
+            # Large views of what is on disk, and fills, stay views: they take no memory until they are written.
+            self._put(value, ir.tensor(data if data.nbytes >= LAZY or _is_fill(data) else np.array(data, order="C")))
 
     def fold(self, node: ir.Node) -> None:
         """Compute a node whose inputs are all constant, and let its readers read the result.
@@ -104,7 +107,7 @@ class Constants:
         if None not in sizes:
             size = sum(s for s in sizes if s is not None)
             self._admit(node, tensors[0], size, size - freed)
-            if size >= LAZY and len(outputs) == 1 and _held(tensors):
+            if size >= LAZY and len(outputs) == 1 and node.op_type not in _VIEWS:
                 self._grown += max(size - freed, 0)
                 self._lazily(node, outputs[0], tensors)
                 return
@@ -150,11 +153,7 @@ class Constants:
 
         def compute() -> ir.TensorProtocol:
             inputs = [None if t is None else t.numpy() for t in tensors]
-            found = ir.tensor(np.array(fold.evaluate(operator, inputs, version)[0], order="C"))
-            for t in tensors:
-                if isinstance(t, ir.ExternalTensor):
-                    t.release()
-            return found
+            return ir.tensor(np.array(fold.evaluate(operator, inputs, version)[0], order="C"))
 
         heir = self._heir(node)
         self._put(value, ir.LazyTensor(compute, dtype=fact.dtype, shape=ir.Shape(fact.static), cache=False))
@@ -210,10 +209,6 @@ class Constants:
         made.name = weight
 
 
-def _held(tensors: list[ir.TensorProtocol | None]) -> bool:
-    return any(t is not None and t.nbytes >= LAZY for t in tensors)
-
-
 def _nbytes(facts: Facts, value: ir.Value) -> int | None:
     fact = facts(value)
     if fact.static is None or fact.dtype is None:
@@ -267,15 +262,16 @@ def _ends(held: ir.TensorProtocol) -> bytes:
     array = held.numpy()
     if array.size == 0 or _is_fill(array):
         return array.reshape(-1)[:1].tobytes()
-    flat = array.reshape(-1)
-    count = max(_SAMPLE // flat.itemsize, 1)
-    return _hash(flat[:count]) + _hash(flat[-count:])
+    count = max(_SAMPLE // array.itemsize, 1)
+    # An iterator takes the elements in row-major order without laying out a transposed view.
+    return bytes(array.flat[:count].tobytes()) + bytes(array.flat[-count:].tobytes())
 
 
 def _digest(held: ir.TensorProtocol) -> bytes:
     array = held.numpy()
-    return b"fill" + array.reshape(-1)[:1].tobytes() if _is_fill(array) else _hash(array.reshape(-1))
-
-
-def _hash(flat: Array) -> bytes:
-    return hashlib.blake2b(np.ascontiguousarray(flat).view(np.uint8).data, digest_size=16).digest()
+    if _is_fill(array):
+        return b"fill" + array.reshape(-1)[:1].tobytes()
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (array,) if array.flags.c_contiguous or array.ndim < 2 else array:
+        digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+    return digest.digest()
