@@ -47,7 +47,7 @@ class OnnxRuntime(Backend):
 
         models.save(portable(model, self.capabilities()), path)
 
-    def load(self, path: Path) -> Runnable:
+    def load(self, path: Path, *, frugal: bool = False) -> Runnable:
         from graphc import runtime
 
         settings: Mapping[str, Any] = {}
@@ -60,6 +60,7 @@ class OnnxRuntime(Backend):
             provider=settings.get("provider", self.provider),
             options=settings.get("session_options", {}),
             threads=settings.get("threads", self.threads),
+            frugal=frugal,
         )
 
 

@@ -131,7 +131,14 @@ def _source(value: ir.Value | None) -> ir.Value | None:
     """The constant that a value is, up to a cast, a dequantization or a transposition."""
     while value is not None and edit.tensor(value) is None:
         node = value.producer()
-        if node is None or node.op_type not in ("Cast", "CastLike", "DequantizeLinear", "Identity", "Reshape", "Transpose"):
+        if node is None or node.op_type not in (
+            "Cast",
+            "CastLike",
+            "DequantizeLinear",
+            "Identity",
+            "Reshape",
+            "Transpose",
+        ):
             return None
         value = node.inputs[0]
     return value
@@ -171,9 +178,7 @@ def allocate(
     def removed(count: int) -> dict[str, int]:
         """How many units each group loses when the first ``count`` of the order go, as far as its limits allow."""
         wanted = np.bincount(owner[:count], minlength=len(groups)).tolist()
-        return {
-            g.name: g.size - limits[g.name].kept(g.size, g.size - n) for g, n in zip(groups, wanted, strict=True)
-        }
+        return {g.name: g.size - limits[g.name].kept(g.size, g.size - n) for g, n in zip(groups, wanted, strict=True)}
 
     target = cost({}) * (1 - ratio)
     low, high = 0, len(order)

@@ -185,9 +185,11 @@ def _examine(
     progress("loading what was emitted", 0, 0)
     from graphc import measure
 
+    # Runtimes repack weights to run fast, which takes as much memory again.
+    timed = bool(latency) or (settings.measure and nbytes(report.model) <= measure.LARGEST)
     try:
         sample = samples[0] if samples else measure.sample(report.model, settings.seed)
-        loaded = settings.target.load(emitted)
+        loaded = settings.target.load(emitted, frugal=not timed)
         loaded.run(sample)
     except BadInput as error:
         raise CheckFailed(
@@ -196,7 +198,9 @@ def _examine(
             why=error.why or error.what,
             hint="please report this as a defect of graphc, with the model if you may",
         ) from error
-    if not (settings.measure or latency):
+    if not timed:
+        if settings.measure:
+            report.warnings.append("not timed, to spare memory: 'graphc bench INPUT OUTPUT' times large models")
         return
     progress("measuring", 0, 0)
     found = measure.against(source.original, loaded, sample)

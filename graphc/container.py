@@ -192,7 +192,12 @@ def _locate(proto: onnx.ModelProto, path: Path) -> set[Path]:
         try:
             offset, length = int(entries.get("offset") or 0), int(entries.get("length") or expected)
         except ValueError:
-            raise BadInput("the external data has no valid offset and length", where=where) from None
+            raise BadInput(
+                "the external data has no valid offset and length",
+                where=where,
+                why=f"they are '{entries.get('offset', '')}' and '{entries.get('length', '')}'",
+                hint="export the model again",
+            ) from None
         if length != expected or offset < 0:
             raise BadInput(
                 "the external data does not fit the tensor's shape",

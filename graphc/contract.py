@@ -240,8 +240,13 @@ class Backend(abc.ABC):
         raise BadInput(f"target '{self.name}' writes a folder, not one file", where=str(path), hint="give -o FOLDER/")
 
     @abc.abstractmethod
-    def load(self, path: Path) -> Runnable:
-        """Load an artifact folder, or a single file if the backend has such a form, in a fresh session."""
+    def load(self, path: Path, *, frugal: bool = False) -> Runnable:
+        """Load an artifact folder, or a single file if the backend has such a form, in a fresh session.
+
+        Args:
+            path: What ``emit`` or ``emit_file`` wrote.
+            frugal: Spend time to save memory; what is loaded so must not be timed.
+        """
 
     def spec(self) -> str:
         """The backend as text, with the options that are not at their defaults."""

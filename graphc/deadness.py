@@ -118,6 +118,25 @@ def find(sites: Sites, known: Knowledge) -> dict[str, Dead]:
     return found
 
 
+def keepable(group: Group, dead: Array) -> Array | None:
+    """The mask that removes as many of the dead units as the group's constraints allow; None if it removes none.
+
+    Args:
+        group: The group.
+        dead: ``(size,)`` or ``(*blocks, size)``. Each block of a balanced group loses equally many.
+    """
+    fewest = int(dead.sum(axis=-1).min())
+    kept = max(group.size - fewest, group.min_keep, 1)
+    kept = -(-kept // group.multiple_of) * group.multiple_of
+    count = group.size - kept
+    if count <= 0:
+        return None
+    order = np.argsort(~dead, axis=-1, kind="stable")[..., :count]
+    keep = np.ones(dead.shape, dtype=bool)
+    np.put_along_axis(keep, order, False, axis=-1)
+    return keep
+
+
 def units(sites: Sites, group: Group, known: Knowledge) -> Dead:
     """The dead units of one group."""
     shape = (*group.blocks, group.size)

@@ -166,6 +166,7 @@ def _case(inputs: Sequence[Input], sizes: Sizes, seed: int, what: str, fill: Fil
 
 
 def _typed(array: Array, dtype: ir.DataType) -> Array:
+    array = np.asarray(array)  # without dimensions, NumPy makes scalars
     if dtype == ir.DataType.STRING:
         return array.astype(object)
     if dtype.is_floating_point():
@@ -224,7 +225,8 @@ def ordinary(each: Input, shape: tuple[int, ...], bound: int, rng: np.random.Gen
     if each.index:
         return _indices(each, shape, bound, rng)
     if each.dtype.is_integer():
-        low, high = (each.dtype.min, each.dtype.max) if each.dtype.bitwidth <= 8 else (0, 7)
+        # Pixels and the like take their whole range; what else integers may be, positive ones do least harm.
+        low, high = (each.dtype.min, each.dtype.max) if each.dtype.bitwidth <= 8 else (1, 8)
         return rng.integers(int(low), int(high), size=shape, endpoint=True)
     return rng.standard_normal(shape, dtype=np.float32)
 
@@ -247,6 +249,10 @@ def _size_like(wanted: Any, shape: tuple[int, ...]) -> Array:
     match wanted:
         case "count":
             return np.arange(math.prod(shape)).reshape(shape)
+        case "scales":
+            values = np.ones(shape)
+            values.reshape(-1)[-2:] = 2
+            return values
         case "reshape":
             values = np.ones(shape)
             values.reshape(-1)[:1] = -1

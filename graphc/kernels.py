@@ -164,7 +164,7 @@ _EXACT: dict[str, Callable[[Array], Any]] = {
     "Neg": np.negative,
     "Not": np.logical_not,
     "BitwiseNot": np.invert,
-    "Relu": lambda x: np.maximum(x, np.zeros((), x.dtype)),
+    "Relu": lambda x: _maximum(x, np.zeros((), x.dtype)),
     "Round": np.rint,
     "Sign": np.sign,
     "Sqrt": np.sqrt,
@@ -200,6 +200,7 @@ def _clip(node: ir.Node, inputs: Inputs, version: int) -> Sequence[Array]:
     low, high = _present(inputs, 1), _present(inputs, 2)
     if version < 11:
         low, high = (None if (b := attribute(node, k)) is None else np.array(b, x.dtype) for k in ("min", "max"))
+    _no_nan(x, x)
     x = x if low is None else np.maximum(x, low.reshape(()))
     return [x if high is None else np.minimum(x, high.reshape(()))]
 
@@ -276,9 +277,13 @@ def _slice(node: ir.Node, inputs: Inputs, version: int) -> Sequence[Array]:
     cut = [slice(None)] * x.ndim
     for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
         axis, step = (axes[i] if axes else i), (steps[i] if steps else 1)
-        # Below -size ONNX clamps; a negative end that Python would wrap means "before the first" there.
-        before_first = step < 0 and end < -x.shape[axis]
-        cut[axis] = slice(start, None if before_first else end, step)
+        if step < 0 and end >= 2**31 - 1:
+            raise CannotFold("runtimes differ in what the largest integer means as the end of a backward Slice")
+        if step < 0:
+            # Backwards, ONNX clamps a start to the first element, and an end to before it, which Python calls None.
+            start = max(start, -x.shape[axis])
+            end = None if end < -x.shape[axis] else end
+        cut[axis] = slice(start, end, step)
     return [x[tuple(cut)]]
 
 

@@ -794,6 +794,33 @@ def _attention(node: ir.Node, known: Knowledge) -> Sequence[Facets]:
     return [tidy(np.repeat(f, query[1] // shape[1], 1) if f.shape[1] > 1 else f for f in results)]
 
 
+@_rule("RotaryEmbedding")
+def _rotary(node: ir.Node, known: Knowledge) -> Sequence[Facets]:
+    """A rotated pair is zero where both of its halves are."""
+    shape = known.shape(node.inputs[0])
+    heads = attribute(node, "num_heads", 0)
+    if shape is None or len(shape) not in (3, 4) or not isinstance(shape[-1], int):
+        return ()
+    if len(shape) == 3 and not heads:
+        return ()
+    size = shape[-1] if len(shape) == 4 else shape[-1] // heads
+    part = attribute(node, "rotary_embedding_dim", 0) or size
+    results = []
+    for facet in known(node.inputs[0]):
+        zero = facet == 0
+        if zero.shape[-1] > 1:
+            split = zero.reshape(*zero.shape[:-1], -1, size).copy()
+            turned = split[..., :part]
+            pairs = (-1, 2) if attribute(node, "interleaved", 0) else (2, -1)
+            axis = -1 if attribute(node, "interleaved", 0) else -2
+            both = turned.reshape(*turned.shape[:-1], *pairs).all(axis=axis, keepdims=True)
+            both = np.broadcast_to(both, (*turned.shape[:-1], *((part // 2, 2) if axis == -1 else (2, part // 2))))
+            split[..., :part] = both.reshape(turned.shape)
+            zero = split.reshape(zero.shape)
+        results.append(np.where(zero, 0.0, np.nan))
+    return [tidy(results)]
+
+
 @_rule("MultiHeadAttention")
 def _multi_head_attention(node: ir.Node, known: Knowledge) -> Sequence[Facets]:
     value = _operand(node, 2)

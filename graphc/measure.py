@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 QUICK = 1.0
 """Seconds that ``graphc optimize`` spends on timing, warm-up excluded."""
 
+LARGEST = 512 << 20
+"""Bytes of weights up to which ``graphc optimize`` times."""
+
 SLOWEST = 3.0
 """Seconds of one run from which ``graphc optimize`` does not time."""
 

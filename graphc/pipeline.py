@@ -50,7 +50,7 @@ class Settings:
 
 
 def optimize(
-    source: str | Path,
+    source: str | Path | Source,
     output: str | Path | None = None,
     *,
     recipe: Recipe | str | Sequence[Pass] | None = None,
@@ -65,7 +65,7 @@ def optimize(
     """Make a model smaller and faster; what ``graphc optimize`` does.
 
     Args:
-        source: An ``.onnx`` file, or a folder with one.
+        source: An ``.onnx`` file, a folder with one, or what ``graphc.load`` returned.
         output: ``.onnx`` file or artifact folder to write; None writes nothing (the result is ``report.model``).
         recipe: A recipe, its text, a list of passes, or None for every exact portable pass.
         target: A backend or its text.
@@ -88,7 +88,7 @@ def optimize(
     else:
         chosen = Recipe.parse(recipe) if isinstance(recipe, str) else Recipe(tuple(recipe))
     return run(
-        Path(source),
+        Path(source) if isinstance(source, str) else source,
         None if output is None else Path(output),
         Settings(
             recipe=chosen,
@@ -137,7 +137,7 @@ def default_output(source: Path) -> Path:
 
 
 def run(
-    source: Path,
+    source: Path | Source,
     output: Path | None,
     settings: Settings,
     *,
@@ -149,7 +149,7 @@ def run(
     """What ``optimize`` does, on parsed settings.
 
     Args:
-        source: An ``.onnx`` file, or a folder with one.
+        source: An ``.onnx`` file, a folder with one, or a loaded source.
         output: ``.onnx`` file or artifact folder; None writes nothing.
         settings: The flags.
         progress: Called as ``progress(what, done, total)``.
@@ -160,9 +160,9 @@ def run(
     from graphc import artifact, frontends
 
     if output is not None:
-        artifact.check_output(source, output)
+        artifact.check_output(source if isinstance(source, Path) else source.path, output)
     progress("loading", 0, 0)
-    loaded = frontends.load(source)
+    loaded = frontends.load(source) if isinstance(source, Path) else source
     samples: Sequence[Arrays] = ()
     if settings.data is not None:
         from graphc import data
@@ -227,7 +227,10 @@ class _Work:
         context = Context(settings.target.capabilities(), seed=settings.seed, data=self.samples, progress=self.progress)
         store, name = self._cache(passes, done, context)
         if store is not None and (entry := store.get(name)) is not None:
-            return _recall(entry)
+            known = _recall(entry)
+            note = "the passes ran and were checked earlier: taken from the cache (--no-cache runs them again)"
+            known.warnings.append(note)
+            return known
         runner = Runner(
             done or Done(self.loaded.original),
             checker=self.checker if settings.verify else None,

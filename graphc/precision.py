@@ -234,8 +234,9 @@ class Retyper:
         return made
 
     def _cast(self, value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
-        node = ir.node("Cast", [value], {"to": dtype.value})
-        node.outputs[0].name = self._names.fresh(name)
+        name = self._names.fresh(name)
+        node = ir.node("Cast", [value], {"to": dtype.value}, name=name)
+        node.outputs[0].name = name
         node.outputs[0].type, node.outputs[0].shape = ir.TensorType(dtype), value.shape
         return node
 

@@ -58,7 +58,7 @@ SIZES: dict[tuple[str, int], Any] = {
     ("Range", 1): 4,
     ("Range", 2): 1,
     ("Reshape", 1): "reshape",
-    ("Resize", 2): 2.0,
+    ("Resize", 2): "scales",
     ("Slice", 1): 0,
     ("Slice", 2): 2,
     ("Slice", 3): "count",
@@ -67,10 +67,11 @@ SIZES: dict[tuple[str, int], Any] = {
     ("Tile", 1): 2,
     ("TopK", 1): 1,
     ("Unsqueeze", 1): 0,
+    ("Upsample", 1): "scales",
 }
 """Readers that take sizes, counts or axes, by operator and input, with a value that fits most models.
 
-``"count"`` stands for 0, 1, 2, ...; ``"reshape"`` for -1, 1, 1, ...
+``"count"`` stands for 0, 1, 2, ...; ``"reshape"`` for -1, 1, 1, ...; ``"scales"`` for ..., 1, 2, 2.
 """
 
 _COMPARISONS = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")

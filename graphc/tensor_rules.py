@@ -299,9 +299,16 @@ def _bound(at: Dim | None, size: Dim, step: int) -> Dim | None:
 
 def sliced(start: Dim | None, end: Dim | None, step: int, size: Dim) -> tuple[Dim | None, Dim | None]:
     """The first index and the number of elements that a Slice takes of an axis; None for what is not known."""
+    if step < 0 and isinstance(end, int) and end >= 2**31 - 1:
+        # By the specification this takes nothing or less; ONNX Runtime reads it as "up to the first".
+        return None, None
     if isinstance(start, int) and isinstance(end, int) and isinstance(size, int):
-        indices = range(*slice(_python(start, size, step, True), _python(end, size, step, False), step).indices(size))
-        return (indices.start, len(indices))
+        if step < 0:
+            # Backwards, ONNX clamps a start to the first element, and an end to before it, which Python calls None.
+            indices = range(size)[max(start, -size) : None if end < -size else end : step]
+        else:
+            indices = range(size)[start:end:step]
+        return indices.start, len(indices)
     first, last = _bound(start, size, step), _bound(end, size, step)
     if first is None or last is None:
         return first, None
@@ -309,13 +316,6 @@ def sliced(start: Dim | None, end: Dim | None, step: int, size: Dim) -> tuple[Di
     if not symbolic.nonnegative(extent):
         extent = symbolic.maximum(extent, 0)
     return first, symbolic.ceildiv(extent, step)
-
-
-def _python(at: int, size: int, step: int, is_start: bool) -> int | None:
-    """A bound as Python's ``slice`` wants it; an end before the first element is None there, for a negative step."""
-    if step < 0 and not is_start and at < -size:
-        return None
-    return at
 
 
 @rule("Slice")

@@ -46,13 +46,24 @@ class _Check:
         where = f"{self.path}, {place}" if place else str(self.path)
         return BadInput(what, where=where, why=why, hint=hint or "export the model again")
 
+    def text(self, place: str, *names: object) -> None:
+        """Refuse names that are no UTF-8, which protobuf gives as bytes."""
+        for name in names:
+            if not isinstance(name, str):
+                raise self.fail(f"a name is not valid UTF-8: {name!r}", place, why="the file is damaged")
+
     def run(self) -> None:
-        imports = self.imports(self.proto.opset_import, "")
+        proto = self.proto
+        self.text("", proto.producer_name, proto.producer_version, proto.domain, proto.doc_string)
+        self.text("", *(text for entry in proto.metadata_props for text in (entry.key, entry.value)))
+        imports = self.imports(proto.opset_import, "")
         if not self.proto.graph.output:
             raise self.fail("the model has no outputs")
         self.graph(self.proto.graph, [], imports)
         for function in self.proto.functions:
             place = f"function '{function.name}'"
+            self.text(place, function.name, function.domain, function.overload, function.doc_string)
+            self.text(place, *function.input, *function.output, *function.attribute)
             known = dict.fromkeys(function.input, place)
             self.body(function, [known], self.imports(function.opset_import, place), place)
             for name in function.output:
@@ -64,6 +75,7 @@ class _Check:
         """Opset versions by domain; the standard one is renamed to its short name."""
         found: dict[str, int] = {}
         for each in declared:
+            self.text(place, each.domain)
             if each.domain == "ai.onnx":
                 each.domain = ""
             if found.setdefault(each.domain, each.version) != each.version:
@@ -85,6 +97,12 @@ class _Check:
     def graph(self, graph: Any, outer: list[dict[str, str]], imports: Mapping[str, int]) -> None:
         place = f"graph '{graph.name}'" if outer else ""
         known: dict[str, str] = {}
+        values = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
+        self.text(place, graph.name, graph.doc_string, *(value.name for value in values))
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            dims = value.type.tensor_type.shape.dim
+            self.text(place, value.doc_string, value.type.denotation, *(dim.dim_param for dim in dims))
+            self.text(place, *(dim.denotation for dim in dims))
         for value in graph.input:
             if value.name in known or not value.name:
                 raise self.fail(f"two inputs are called '{value.name}'", place)
@@ -164,6 +182,12 @@ class _Check:
         graph.node.extend(nodes)
 
     def node(self, node: Any, imports: Mapping[str, int]) -> None:
+        names = (node.name, node.op_type, node.domain, node.overload, node.doc_string, *node.input, *node.output)
+        self.text(describe(node), *names)
+        for attr in node.attribute:
+            self.text(describe(node), attr.name, attr.ref_attr_name, attr.doc_string)
+            if not attr.type:
+                raise self.fail(f"attribute '{attr.name}' has no type", describe(node))
         if node.domain not in imports and node.domain not in _STANDARD:
             raise self.fail(
                 f"the domain '{node.domain}' is used but not imported",
@@ -383,4 +407,5 @@ def infer(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
 
 def _dtypes_named(text: str) -> str:
     """onnx's numbers of dtypes as their names."""
-    return re.sub(r"\((\d+)\)", lambda m: onnx.TensorProto.DataType.Name(int(m[1])).lower(), text)
+    names = {number: name.lower() for name, number in onnx.TensorProto.DataType.items()}
+    return re.sub(r"\((\d+)\)", lambda m: names.get(int(m[1]), m[0]), text)

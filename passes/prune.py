@@ -59,6 +59,10 @@ class Prune(Pass):
         1, "Groups keep a multiple of this many units; 'auto' is what the target's kernels like."
     )
 
+    norms: bool = option(
+        False, "Also width that a LayerNorm or GroupNorm averages over; only narrow-norm can cut it then."
+    )
+
     def __post_init__(self) -> None:
         where = "prune"
         if not 0 <= self.ratio < 1:
@@ -127,8 +131,10 @@ class Prune(Pass):
                 continue
             if _named(group, self.exclude):
                 continue
-            if not group.exact:
-                result.refuse(group.name, f"{_averagers(group)} divides by its width: use narrow-norm")
+            if not group.exact and not self.norms:
+                result.refuse(
+                    group.name, f"{_averagers(group)} averages over it: shrink could not cut it (norms, narrow-norm)"
+                )
             else:
                 chosen.append(group)
         return chosen

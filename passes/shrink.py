@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from graphc import branches, deadness, edit
 from graphc.axes import cut
-from graphc.axes.groups import Group, Groups, analyse
+from graphc.axes.groups import Groups, analyse
 from graphc.contract import Context, Effect, Pass, PassResult, option
 from graphc.deadness import Dead, Fold, Sites
 from graphc.edit import Array
@@ -49,7 +49,7 @@ def _cut(model: ir.Model, groups: Groups, dead: Mapping[str, Dead], result: Pass
     keep = {}
     for name, found in dead.items():
         group = groups[name]
-        if group.exact and (mask := keepable(group, found.silent)) is not None:
+        if group.exact and (mask := deadness.keepable(group, found.silent)) is not None:
             keep[name] = mask
     if not keep:
         return False
@@ -57,25 +57,6 @@ def _cut(model: ir.Model, groups: Groups, dead: Mapping[str, Dead], result: Pass
     for name, mask in keep.items():
         result.change(f"{groups[name].kind} removed", int(mask.size - np.count_nonzero(mask)))
     return True
-
-
-def keepable(group: Group, dead: Array) -> Array | None:
-    """The mask that removes as many of the dead units as the group's constraints allow; None if it removes none.
-
-    Args:
-        group: The group.
-        dead: ``(size,)`` or ``(*blocks, size)``. Each block of a balanced group loses equally many.
-    """
-    fewest = int(dead.sum(axis=-1).min())
-    kept = max(group.size - fewest, group.min_keep, 1)
-    kept = -(-kept // group.multiple_of) * group.multiple_of
-    count = group.size - kept
-    if count <= 0:
-        return None
-    order = np.argsort(~dead, axis=-1, kind="stable")[..., :count]
-    keep = np.ones(dead.shape, dtype=bool)
-    np.put_along_axis(keep, order, False, axis=-1)
-    return keep
 
 
 def _refuse(groups: Groups, dead: Mapping[str, Dead], result: PassResult) -> None:
@@ -108,7 +89,7 @@ def _fold(model: ir.Model, sites: Sites, dead: Mapping[str, Dead], known: Knowle
     moved: dict[ir.Node, tuple[Fold, Array]] = {}
     for name, found in dead.items():
         group = groups[name]
-        mask = keepable(group, found.constant) if group.exact and group.neutral == 0 else None
+        mask = deadness.keepable(group, found.constant) if group.exact and group.neutral == 0 else None
         if mask is None or found.silent[~mask].all():
             continue
         keep[name] = mask

@@ -155,7 +155,8 @@ def test_names_for_unknown_dims_are_not_equal() -> None:
 def test_branches_agree_on_what_both_give() -> None:
     fact = last(
         """g (float[N,4] x, float[M,4] z, bool c) => (float[P,Q] y) {
-        y = If (c) <then_branch = t () => (float[A,B] a) { a = Exp(x) }, else_branch = e () => (float[C,D] b) { b = Exp(z) }> }"""
+        y = If (c) <then_branch = t () => (float[A,B] a) { a = Exp(x) }, else_branch = e ()
+        => (float[C,D] b) { b = Exp(z) }> }"""
     )
     assert fact.shape is not None and fact.shape[1] == 4 and fact.shape[0] not in (N, M)
 

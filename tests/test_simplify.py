@@ -99,7 +99,8 @@ SIMPLER: dict[str, tuple[str, list[str]]] = {
     ),
     "slice of everything": (
         """g (float[N,M] x) => (float[N,M] y)
-        <int64[1] b = {0}, int64[1] e = {9223372036854775807}, int64[1] a = {1}> { c = Slice(x, b, e, a)  y = Relu(c) }""",
+        <int64[1] b = {0}, int64[1] e = {9223372036854775807}, int64[1] a = {1}> { c = Slice(x, b, e, a)
+        y = Relu(c) }""",
         ["Relu"],
     ),
     "slice up to the own size": (
@@ -123,15 +124,18 @@ SIMPLER: dict[str, tuple[str, list[str]]] = {
         ["Relu"],
     ),
     "inverse transposes": (
-        "g (float[A,B,C] x) => (float[A,B,C] y) { a = Transpose<perm=[1,2,0]>(x)  b = Transpose<perm=[2,0,1]>(a)  y = Relu(b) }",
+        """g (float[A,B,C] x) => (float[A,B,C] y) { a = Transpose<perm=[1,2,0]>(x)
+          b = Transpose<perm=[2,0,1]>(a)  y = Relu(b) }""",
         ["Relu"],
     ),
     "composed transposes": (
-        "g (float[A,B,C] x) => (float[C,B,A] y) { a = Transpose<perm=[1,2,0]>(x)  b = Transpose<perm=[1,0,2]>(a)  y = Relu(b) }",
+        """g (float[A,B,C] x) => (float[C,B,A] y) { a = Transpose<perm=[1,2,0]>(x)
+          b = Transpose<perm=[1,0,2]>(a)  y = Relu(b) }""",
         ["Transpose", "Relu"],
     ),
     "transpose of axes of size one": (
-        "g (float[N,1,M] x) => (float[N,M] y) <int64[1] a = {2}> { t = Transpose<perm=[0,2,1]>(x)  s = Squeeze(t, a)  y = Relu(s) }",
+        """g (float[N,1,M] x) => (float[N,M] y) <int64[1] a = {2}> { t = Transpose<perm=[0,2,1]>(x)
+          s = Squeeze(t, a)  y = Relu(s) }""",
         ["Squeeze", "Relu"],
     ),
     "reshapes": (
@@ -140,7 +144,8 @@ SIMPLER: dict[str, tuple[str, list[str]]] = {
         ["Reshape", "Relu"],
     ),
     "inverse unsqueeze": (
-        "g (float[N,M] x) => (float[N,M] y) <int64[1] a = {1}> { u = Unsqueeze(x, a)  s = Squeeze(u, a)  y = Relu(s) }",
+        """g (float[N,M] x) => (float[N,M] y) <int64[1] a = {1}> { u = Unsqueeze(x, a)  s = Squeeze(u, a)
+          y = Relu(s) }""",
         ["Relu"],
     ),
     "unsqueezes": (
@@ -157,12 +162,14 @@ SIMPLER: dict[str, tuple[str, list[str]]] = {
         ["Neg"],
     ),
     "slices of two axes": (
-        """g (float[6,8] x) => (float[2,3] y) <int64[1] zero={0}, int64[1] one={1}, int64[1] two={2}, int64[1] five={5}> {
+        """g (float[6,8] x)
+          => (float[2,3] y) <int64[1] zero={0}, int64[1] one={1}, int64[1] two={2}, int64[1] five={5}> {
           a = Slice(x, zero, two, zero)  b = Slice(a, two, five, one)  y = Relu(b) }""",
         ["Slice", "Relu"],
     ),
     "nested concats": (
-        "g (float[N] x, float[M] z) => (float[K] y) { a = Concat<axis=0>(x, z)  b = Concat<axis=0>(a, x)  y = Relu(b) }",
+        """g (float[N] x, float[M] z) => (float[K] y) { a = Concat<axis=0>(x, z)  b = Concat<axis=0>(a, x)
+          y = Relu(b) }""",
         ["Concat", "Relu"],
     ),
     "concat of a split": (
@@ -184,17 +191,20 @@ SIMPLER: dict[str, tuple[str, list[str]]] = {
         ["MaxPool"],
     ),
     "constants": (
-        "g (float[N] x) => (float[N] y) { a = Constant<value_float=2.0>()  b = Sqrt(a)  c = Mul(b, b)  y = Mul(x, c) }",
+        """g (float[N] x) => (float[N] y) { a = Constant<value_float=2.0>()  b = Sqrt(a)  c = Mul(b, b)
+          y = Mul(x, c) }""",
         ["Mul"],
     ),
     "shape arithmetic": (
-        """g (float[B,S,12] x) => (float[B,S,3,4] y) <int64 zero={0}, int64 one={1}, int64[1] axis={0}, int64[2] rest={3,4}> {
+        """g (float[B,S,12] x)
+          => (float[B,S,3,4] y) <int64 zero={0}, int64 one={1}, int64[1] axis={0}, int64[2] rest={3,4}> {
           s = Shape(x)  b = Gather(s, zero)  n = Gather(s, one)  bb = Unsqueeze(b, axis)  nn = Unsqueeze(n, axis)
           t = Concat<axis=0>(bb, nn, rest)  y = Reshape(x, t) }""",
         ["Reshape"],
     ),
     "a division that cancels": (
-        """g (float[B,12] x) => (float[B,12] y) <int64 zero={0}, int64 twelve={12}, int64[1] axis={0}, int64[1] last={12}> {
+        """g (float[B,12] x)
+          => (float[B,12] y) <int64 zero={0}, int64 twelve={12}, int64[1] axis={0}, int64[1] last={12}> {
           s = Shape(x)  b = Gather(s, zero)  m = Mul(b, twelve)  d = Div(m, twelve)  u = Unsqueeze(d, axis)
           t = Concat<axis=0>(u, last)  r = Reshape(x, t)  y = Relu(r) }""",
         ["Relu"],
@@ -212,7 +222,8 @@ SIMPLER: dict[str, tuple[str, list[str]]] = {
     ),
     "if with a constant condition": (
         """g (float[N] x) => (float[N] y) <bool c = {1}> {
-          y = If (c) <then_branch = t () => (float[N] r) { r = Exp(x) }, else_branch = e () => (float[N] r) { r = Neg(x) }> }""",
+          y = If (c) <then_branch = t () => (float[N] r) { r = Exp(x) }, else_branch = e ()
+          => (float[N] r) { r = Neg(x) }> }""",
         ["Exp"],
     ),
     "if by a known rank": (
@@ -234,7 +245,8 @@ SIMPLER: dict[str, tuple[str, list[str]]] = {
         ["Relu"],
     ),
     "gather from a transpose": (
-        "g (float[A,B,C] x) => (float[B,C] y) <int64 i = {0}> { t = Transpose<perm=[1,0,2]>(x)  y = Gather<axis=1>(t, i) }",
+        """g (float[A,B,C] x) => (float[B,C] y) <int64 i = {0}> { t = Transpose<perm=[1,0,2]>(x)
+          y = Gather<axis=1>(t, i) }""",
         ["Gather"],
     ),
     "double negation": ("g (float[N] x) => (float[N] y) { a = Neg(x)  b = Neg(a)  y = Relu(b) }", ["Relu"]),
@@ -253,7 +265,8 @@ def test_simpler(name: str) -> None:
 
 
 KEPT: dict[str, str] = {
-    "adding +0.0 turns -0.0 into 0.0": "g (float[N] x) => (float[N] y) <float z = {0}> { a = Add(x, z)  y = Identity(a) }",
+    "adding +0.0 turns -0.0 into 0.0": """g (float[N] x) => (float[N] y) <float z = {0}> { a = Add(x, z)
+      y = Identity(a) }""",
     "a factor that broadcasts": "g (float[N] x) => (float[2,N] y) <float[2,1] one = {1,1}> { y = Mul(x, one) }",
     "a cast that loses": "g (float[N] x) => (float[N] y) { a = Cast<to=7>(x)  y = Cast<to=1>(a) }",
     "a cast to a narrower float": "g (float[N] x) => (float[N] y) { a = Cast<to=10>(x)  y = Cast<to=1>(a) }",
@@ -261,7 +274,8 @@ KEPT: dict[str, str] = {
     "an output that is the input": "g (float[N] x) => (float[N] y) { y = Identity(x) }",
     "random numbers": """g (float[N] x) => (float[N] y) {
         a = RandomUniformLike(x)  b = RandomUniformLike(x)  c = Sub(a, b)  y = Mul(c, x) }""",
-    "dropout in training": """g (float[N] x) => (float[N] y) <float r = {0.5}, bool t = {1}> { y = Dropout(x, r, t) }""",
+    "dropout in training": """g (float[N] x) => (float[N] y) <float r = {0.5}, bool t = {1}>
+      { y = Dropout(x, r, t) }""",
     "two unknown dims": """g (float[B,S] x, int64[2] t) => (float[P,Q] y) { y = Reshape(x, t) }""",
     "an expand by an unknown size": "g (float[1] x, int64[1] t) => (float[N] y) { y = Expand(x, t) }",
     "a quantized constant": """g (float[N] x) => (float[N] y) <float s = {0.5}, int8[1] q = {3}, int8 z = {0}> {
@@ -297,7 +311,8 @@ def test_equal_outputs_keep_both_names() -> None:
 
 def test_a_value_that_is_read_and_returned() -> None:
     after, _ = check(
-        read("g (float[N] x) => (float[N] y, float[N] z) { a = Exp(x)  y = Identity(a)  b = Identity(a)  z = Neg(b) }")
+        read("""g (float[N] x) => (float[N] y, float[N] z) { a = Exp(x)  y = Identity(a)  b = Identity(a)
+        z = Neg(b) }""")
     )
     assert operators(after) == ["Exp", "Neg"]
 
@@ -369,7 +384,8 @@ def test_a_widening_cast_of_a_weight_stays() -> None:
 
 def test_a_folded_layout_keeps_the_name_of_the_weight() -> None:
     model = read(
-        "g (float[N,2] x) => (float[N,3] y) <float[3,2] weight = {1,2,3,4,5,6}> { t = Transpose(weight)  y = MatMul(x, t) }"
+        """g (float[N,2] x) => (float[N,3] y) <float[3,2] weight = {1,2,3,4,5,6}> { t = Transpose(weight)
+          y = MatMul(x, t) }"""
     )
     after, _ = check(model)
     assert operators(after) == ["MatMul"] and list(after.graph.initializers) == ["weight"]
@@ -398,7 +414,8 @@ def test_what_emitted_files_declare_is_inferred_anew() -> None:
 def test_a_body_that_returns_an_outer_value() -> None:
     model = read(
         """g (float[N] x, bool c) => (float[N] y) { a = Exp(x)
-        y = If (c) <then_branch = t () => (float[N] a1) { a1 = Identity(a) }, else_branch = e () => (float[N] r) { r = Neg(a) }> }"""
+        y = If (c) <then_branch = t () => (float[N] a1) { a1 = Identity(a) }, else_branch = e ()
+        => (float[N] r) { r = Neg(a) }> }"""
     )
     proto = ir.to_proto(model)
     then = next(a.g for a in proto.graph.node[1].attribute if a.name == "then_branch")
@@ -413,8 +430,10 @@ def test_a_body_that_returns_an_outer_value() -> None:
 def test_names_of_branches_do_not_clash_when_they_are_inlined() -> None:
     model = read(
         """g (float[N] x) => (float[N] y) <bool c = {1}> {
-        a = If (c) <then_branch = t () => (float[N] r) { q = Exp(x)  r = Neg(q) }, else_branch = e () => (float[N] r) { r = Neg(x) }>
-        b = If (c) <then_branch = t () => (float[N] r) { q = Neg(x)  r = Exp(q) }, else_branch = e () => (float[N] r) { r = Neg(x) }>
+        a = If (c) <then_branch = t () => (float[N] r) { q = Exp(x)  r = Neg(q) },
+        else_branch = e () => (float[N] r) { r = Neg(x) }>
+        b = If (c) <then_branch = t () => (float[N] r) { q = Neg(x)  r = Exp(q) },
+        else_branch = e () => (float[N] r) { r = Neg(x) }>
         y = Add(a, b) }"""
     )
     after, _ = check(model)
@@ -424,7 +443,8 @@ def test_names_of_branches_do_not_clash_when_they_are_inlined() -> None:
 def test_branches_share_what_is_computed_outside() -> None:
     model = read(
         """g (float[N] x, bool c) => (float[N] y) { a = Exp(x)  z = Neg(a)
-        b = If (c) <then_branch = t () => (float[N] r) { q = Exp(x)  r = Mul(q, x) }, else_branch = e () => (float[N] r2) { r2 = Abs(x) }>
+        b = If (c) <then_branch = t () => (float[N] r) { q = Exp(x)  r = Mul(q, x) },
+        else_branch = e () => (float[N] r2) { r2 = Abs(x) }>
         y = Add(z, b) }"""
     )
     after, _ = check(model)
@@ -458,7 +478,8 @@ def test_functions_are_inlined() -> None:
 
 def test_custom_operators_are_opaque() -> None:
     model = read(
-        """g (float[N] x) => (float[N] y) <float z = {1}> { a = own.Odd(z)  b = own.Odd(z)  c = Mul(a, b)  d = Exp(x)  e = Identity(d)
+        """g (float[N] x) => (float[N] y) <float z = {1}> { a = own.Odd(z)  b = own.Odd(z)  c = Mul(a, b)
+          d = Exp(x)  e = Identity(d)
         f = Exp(x)  g = Mul(e, f)  y = Add(c, g) }""",
         '<ir_version: 10, opset_import: ["" : 21, "own" : 1]>',
     )
@@ -485,7 +506,8 @@ def test_metadata_survives() -> None:
 
 def test_size_zero() -> None:
     model = read(
-        """g (float[B,S,6] x) => (float[B,6,S] y) <int64[1] axis={0}, int64 zero={0}, int64 one={1}, int64[1] six={6}> {
+        """g (float[B,S,6] x)
+          => (float[B,6,S] y) <int64[1] axis={0}, int64 zero={0}, int64 one={1}, int64[1] six={6}> {
         s = Shape(x)  b = Gather(s, zero)  n = Gather(s, one)  bb = Unsqueeze(b, axis)  nn = Unsqueeze(n, axis)
         t = Concat<axis=0>(bb, six, nn)  y = Reshape(x, t) }"""
     )
@@ -590,7 +612,8 @@ def test_unread_outputs_of_bodies_go() -> None:
 def test_states_of_a_loop_that_do_not_change() -> None:
     model = read(
         """g (float[N] x, int64 m) => (float[N] y, float[N] z) <bool c = {1}> {
-        y, w, u = Loop (m, c, x, x, x) <body = b (int64 i, bool k, float[N] v, float[N] s, float[N] d) => (bool k2, float[N] v2, float[N] s2, float[N] d2) {
+        y, w, u = Loop (m, c, x, x, x) <body = b (int64 i, bool k, float[N] v, float[N] s, float[N] d)
+            => (bool k2, float[N] v2, float[N] s2, float[N] d2) {
             k2 = Identity(k)  v2 = Add(v, s)  s2 = Identity(s)  d2 = Exp(v) }>
         z = Neg(w) }"""
     )

@@ -86,8 +86,7 @@ class Application:
                 self.fixed.append((axis, value, "whole"))
             return
         if not pattern.terms:
-            if value in trace.roots:
-                self.fixed += [(axis, value, "whole") for axis in trace.axes.get(value) or ()]
+            trace.whole.setdefault(value, self.node)
             return
         axes = trace.axes_of(value)
         if axes is None:

@@ -118,8 +118,7 @@ class Operands:
                     where=node.name or node.op_type,
                     hint="exclude the groups of this node",
                 )
-            dtype = value.dtype.numpy() if value.dtype is not None else np.int64
-            held = np.array(before.tolist(), dtype=dtype)
+            held = np.array(before.tolist(), dtype=_dtype(value).numpy())
             self.plan.append((node, i, lambda n, h=held, i=i: self._constant(n, i, h)))
 
     def _constant(self, node: ir.Node, i: int, array: Array) -> ir.Value:
@@ -370,3 +369,20 @@ class Operands:
         picked = np.where(picked < 0, picked + len(kept), picked)
         self.plan.append((node, 1, (np.cumsum(kept) - 1)[picked]))
         return (1,)
+
+
+def _dtype(value: ir.Value) -> ir.DataType:
+    """The type of a shape computation's result, which models need not declare."""
+    if value.dtype is not None:
+        return value.dtype
+    tensor, node = edit.tensor(value), value.producer()
+    if tensor is not None or node is None:
+        return ir.DataType.INT64 if tensor is None else tensor.dtype
+    if node.op_type == "Cast":
+        return ir.DataType(edit.attribute(node, "to"))
+    if node.op_type in ("Shape", "Size"):
+        return ir.DataType.INT64
+    if node.op_type in ("Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Not", "And", "Or"):
+        return ir.DataType.BOOL
+    source = node.inputs[1 if node.op_type in ("Where", "CastLike") else 0]
+    return ir.DataType.INT64 if source is None else _dtype(source)

@@ -63,6 +63,8 @@ class Trace:
         roots: By value: the constants that it is made of alone, by movement and casts.
         roles: ``(constant, axis, role)``: how a constant is used along an axis.
         order: Constants in the order of their first use.
+        bound: By node: how its rule was applied; nodes that were not understood are absent.
+        whole: Tensors that some node needs as they are (shapes, lengths, scalars), and that node.
         replicas: Axes that were made by repeating (Expand, Tile, Pad, ConstantOfShape).
     """
 
@@ -81,6 +83,7 @@ class Trace:
         self.unifier = Unifier()
         self._versions = {**model.graph.opset_imports}
         self.bound: dict[ir.Node, Application] = {}
+        self.whole: dict[ir.Value, ir.Node] = {}
         self.replicas: list[tuple[Axis, ir.Node]] = []
         self._consumed: list[ir.Value] = []
         self._fresh = 0
@@ -163,8 +166,8 @@ class Trace:
         if not self.interface:
             for value in self.graph.outputs:
                 self.fix(self.axes_of(value) or (), "an axis of a graph output", None, value)
-        for conflict in self.unifier.conflicts:
-            self.fix(conflict.axes, conflict.reason, None)
+        for value, node in self.whole.items():
+            self.fix(self.axes.get(value) or (), f"{node.op_type} needs this tensor whole", node, value)
 
     def _node(self, node: ir.Node) -> None:
         if node.op_type == "Constant" and edit.tensor(node.outputs[0]) is not None:
@@ -221,6 +224,9 @@ class Trace:
         results = symbolic.evaluate(node, inputs)
         if results is None:
             return False
+        for value in node.inputs:
+            if value is not None and value in self._constants:
+                self.whole.setdefault(value, node)
         self._set_known(node, results)
         return True
 

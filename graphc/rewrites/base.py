@@ -149,7 +149,7 @@ class Rewriter:
             name: The free name of its output.
             like: A value of the same type and shape.
         """
-        made = ir.node(op_type, inputs, attributes, name=name)
+        made = ir.node(op_type, inputs, attributes, name=name, metadata_props=dict(before.metadata_props))
         made.outputs[0].name = name
         if like is not None:
             made.outputs[0].type, made.outputs[0].shape = like.type, like.shape
@@ -182,8 +182,9 @@ class Rewriter:
         """Put ``op_type(value, *others)``, of the same type and shape, between a value and its readers."""
         producer = value.producer()
         assert producer is not None
-        made = ir.node(op_type, [None, *others])
-        made.outputs[0].name = self.fresh(f"{value.name}.{op_type.lower()}")
+        name = self.fresh(f"{value.name}.{op_type.lower()}")
+        made = ir.node(op_type, [None, *others], name=name, metadata_props=dict(producer.metadata_props))
+        made.outputs[0].name = name
         made.outputs[0].type, made.outputs[0].shape = value.type, value.shape
         producer.append(made)
         replaced = edit.replace(value, made.outputs[0])

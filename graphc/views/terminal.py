@@ -104,10 +104,10 @@ def _verdict(console: Console, report: Document) -> None:
     elif not rewrite["checked"]:
         console.print(f"[yellow]unchecked[/] {escape(rewrite['why'])}")
     else:
-        worst = rewrite.get("worst", 0.0)
+        provider = rewrite["provider"].removesuffix("ExecutionProvider")
         console.print(
-            f"[green]checked[/]   the same on {len(rewrite['cases'])} inputs; "
-            f"largest error {worst:.2g} of what rounding explains"
+            f"[green]checked[/]   the same on {len(rewrite['cases'])} inputs in ONNX Runtime ({provider}); "
+            f"largest error {rewrite.get('worst', 0.0):.2g} of what rounding explains"
         )
     for metric, value in report["approximation"].items():
         console.print(f"[bold]measured[/]  lossy passes cost {escape(metric)} = {value:.3g}")

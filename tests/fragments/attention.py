@@ -30,7 +30,9 @@ def _core(s: Any, value_dim: int, q: str = "q", k: str = "k", v: str = "v", bias
         o = Reshape(ct, [0, 0, {s.h * value_dim}])"""
 
 
-@fragment("h=3 d=4 e=5", HEADS, "wq: 8 (h d); bq: (h d); wk: 8 (h d); bk: (h d); wv: 8 (h e); bv: (h e); wo: (h e) 5; bo: 5")
+@fragment(
+    "h=3 d=4 e=5", HEADS, "wq: 8 (h d); bq: (h d); wk: 8 (h d); bk: (h d); wv: 8 (h e); bv: (h e); wo: (h e) 5; bo: 5"
+)
 def attention_separate(s: Any) -> str:
     return f"""{TOKENS}
         q0 = MatMul(x, wq)
@@ -247,7 +249,9 @@ def einsum_attention(s: Any) -> str:
         y = Einsum<equation="bqhe,hem->bqm">(c, wo)"""
 
 
-@fragment("h=3 d=4 e=5", HEADS, "wq: 8 (h d); wk: 6 (h d); wv: 6 (h e); wo: (h e) 5", fixed={"wq:0": "input", "wk:0": "input"})
+@fragment(
+    "h=3 d=4 e=5", HEADS, "wq: 8 (h d); wk: 6 (h d); wv: 6 (h e); wo: (h e) 5", fixed={"wq:0": "input", "wk:0": "input"}
+)
 def cross_attention(s: Any) -> str:
     return f"""(float[N,S,8] x, float[N,T,6] z, bool[N,1,1,T] m) => (float[N,S,5] y)
         q0 = MatMul(x, wq)

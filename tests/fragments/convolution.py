@@ -160,7 +160,9 @@ def focus_slices(s: Any) -> str:
         y = Conv(b, w2)"""
 
 
-@fragment("c=6 r=3", {"c": "channel", "r": "channel"}, "w1: c 3 3 3; w2: r c 1 1; b2: r; w3: c r 1 1; b3: c; w4: 5 c 1 1")
+@fragment(
+    "c=6 r=3", {"c": "channel", "r": "channel"}, "w1: c 3 3 3; w2: r c 1 1; b2: r; w3: c r 1 1; b3: c; w4: 5 c 1 1"
+)
 def squeeze_excite(s: Any) -> str:
     return f"""{IMAGE} => (float[N,5,6,6] y)
         a = Conv(x, w1)

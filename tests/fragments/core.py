@@ -75,7 +75,9 @@ class Fragment:
     opset: int = 21
     seed: int = 0
 
-    def build(self, sizes: Mapping[str, int] | None = None, arrays: Mapping[str, Array] | None = None) -> onnx.ModelProto:
+    def build(
+        self, sizes: Mapping[str, int] | None = None, arrays: Mapping[str, Array] | None = None
+    ) -> onnx.ModelProto:
         """The graph in these sizes (default: the fragment's own) with these weights (default: seeded)."""
         sizes = dict(self.sizes) if sizes is None else dict(sizes)
         arrays = self.arrays(sizes) if arrays is None else arrays
@@ -133,9 +135,7 @@ class Fragment:
                 sliced[name] = (sliced[name] * np.sqrt(self.sizes[group] / small[group])).astype(sliced[name].dtype)
         before, after = self.build(self.sizes, full), self.build(small, sliced)
         inputs = feeds(before, self.ids_below)
-        fewer = {
-            name: self._cut(array, self.interface.get(name), group, gone) for name, array in inputs.items()
-        }
+        fewer = {name: self._cut(array, self.interface.get(name), group, gone) for name, array in inputs.items()}
         expected = run(_affine_norms(before) if affine else before, inputs)
         got = run(_affine_norms(after) if affine else after, fewer)
         worst = 0.0

@@ -226,7 +226,14 @@ def export(name: str, how: str) -> Path:
         torch.onnx.export(module, inputs, path, dynamo=False, opset_version=18, **dynamic)
     else:
         torch.onnx.export(
-            module, inputs, path, dynamo=True, opset_version=20, optimize=how == "dynamo", external_data=False, **dynamic
+            module,
+            inputs,
+            path,
+            dynamo=True,
+            opset_version=20,
+            optimize=how == "dynamo",
+            external_data=False,
+            **dynamic,
         )
     _strip(path)
     return path

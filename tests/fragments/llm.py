@@ -404,7 +404,11 @@ def mamba(s: Any) -> str:
         xu{t} = Unsqueeze(x{t}, [2])
         dx{t} = Mul(db{t}, xu{t})
         cu{t} = Unsqueeze(c{t}, [2])"""
-        step = f"\n        h{t} = Identity(dx{t})" if t == 0 else f"\n        g{t} = Mul(de{t}, h{t - 1})\n        h{t} = Add(g{t}, dx{t})"
+        step = (
+            f"\n        h{t} = Identity(dx{t})"
+            if t == 0
+            else f"\n        g{t} = Mul(de{t}, h{t - 1})\n        h{t} = Add(g{t}, dx{t})"
+        )
         steps.append(f"{decay}{step}\n        o{t} = MatMul(h{t}, cu{t})\n        s{t} = Transpose<perm=[0,2,1]>(o{t})")
     return f"""(float[N,3,8] x) => (float[N,3,5] y)
         in = MatMul(x, win)

@@ -43,7 +43,9 @@ def qdq_blocked(s: Any) -> str:
         y = MatMul(r, w2)"""
 
 
-@fragment("c=4 d=3", {"c": "channel", "d": "channel"}, "w1: c 3 3 3; b1: c; w2: d c 3 3; b2: d; r2: d 3 3 3; w3: 5 d 1 1")
+@fragment(
+    "c=4 d=3", {"c": "channel", "d": "channel"}, "w1: c 3 3 3; b1: c; w2: d c 3 3; b2: d; r2: d 3 3 3; w3: 5 d 1 1"
+)
 def fused_conv(s: Any) -> str:
     return f"""{IMAGE} => (float[N,5,4,4] y)
         a = com.microsoft.FusedConv<activation="Relu">(x, w1, b1)
@@ -80,7 +82,9 @@ def skip_simplified_layer_norm(s: Any) -> str:
         y = MatMul(u, w3)"""
 
 
-@fragment("f=6 k=4", {"f": "neuron", "k": "neuron"}, "w1: f 8; b1: f; w2: f k; b2: k; w3: k 5; one: = one; half: = positive")
+@fragment(
+    "f=6 k=4", {"f": "neuron", "k": "neuron"}, "w1: f 8; b1: f; w2: f k; b2: k; w3: k 5; one: = one; half: = positive"
+)
 def gelu_in_pieces(s: Any) -> str:
     """Gelu by Erf, and a rectified square, as exporters write them out."""
     return f"""{TOKENS}
@@ -192,7 +196,9 @@ def if_holds_weights(s: Any) -> str:
         y = Add(u, v)"""
 
 
-@fragment("f=5", {}, "w0: 8 f; w: f f; w2: f 5", fixed={"w0:1": "Loop|subgraph|body", "w2:0": "Loop|subgraph|body|unknown"})
+@fragment(
+    "f=5", {}, "w0: 8 f; w: f f; w2: f 5", fixed={"w0:1": "Loop|subgraph|body", "w2:0": "Loop|subgraph|body|unknown"}
+)
 def loop_carries_value(s: Any) -> str:
     return f"""(float[N,8] x, int64 n, bool c) => (float[N,5] y)
         a = MatMul(x, w0)
@@ -200,7 +206,12 @@ def loop_carries_value(s: Any) -> str:
         y = MatMul(b, w2)"""
 
 
-@fragment("f=5 c=6 g=4", {"f": "neuron", "c": "rank"}, "w1: 8 f; w2: f c; w3: c g; w4: g 5", fixed={"w3:1": "no rule|unknown|CumSum|order"})
+@fragment(
+    "f=5 c=6 g=4",
+    {"f": "neuron", "c": "rank"},
+    "w1: 8 f; w2: f c; w3: c g; w4: g 5",
+    fixed={"w3:1": "no rule|unknown|CumSum|order"},
+)
 def order_dependent(s: Any) -> str:
     """CumSum along the neurons fixes them, and only them."""
     return f"""{TOKENS}

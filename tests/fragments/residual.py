@@ -129,7 +129,11 @@ def applied_twice(s: Any) -> str:
         y = MatMul(e, w2)"""
 
 
-@fragment("c=4 f=7", {"c": "channel", "f": "neuron"}, "w0: c 3 3 3; w1: c 1 7 7; b1: c; f1: c f; g1: f c; s: c 1 1; w2: 5 c 1 1")
+@fragment(
+    "c=4 f=7",
+    {"c": "channel", "f": "neuron"},
+    "w0: c 3 3 3; w1: c 1 7 7; b1: c; f1: c f; g1: f c; s: c 1 1; w2: 5 c 1 1",
+)
 def layer_scale(s: Any) -> str:
     """ConvNeXt without its norm: depthwise, two linear layers in NHWC, a learnt scale, and the residual."""
     return f"""{IMAGE} => (float[N,5,8,8] y)
@@ -220,7 +224,11 @@ def flip_by_slice(s: Any) -> str:
         y = Conv(b, w2)"""
 
 
-@fragment("a=3 b=2 c=5", {"a": "channel", "b": "channel", "c": "channel"}, "w1: (a + b) 3 1 1; w2: c 3 1 1; w3: 5 (c + b + a) 1 1")
+@fragment(
+    "a=3 b=2 c=5",
+    {"a": "channel", "b": "channel", "c": "channel"},
+    "w1: (a + b) 3 1 1; w2: c 3 1 1; w3: 5 (c + b + a) 1 1",
+)
 def concat_of_slices(s: Any) -> str:
     return f"""{IMAGE} => (float[N,5,8,8] y)
         p = Conv(x, w1)
@@ -249,7 +257,9 @@ def broadcasts(s: Any) -> str:
         y = Conv(g, w3)"""
 
 
-@fragment("c=5", {"c": Group("channel", exact="mean", optional=True)}, "w1: c 3 3 3; w2: 5 c 1 1", fixed={"w1:0": "mean"})
+@fragment(
+    "c=5", {"c": Group("channel", exact="mean", optional=True)}, "w1: c 3 3 3; w2: 5 c 1 1", fixed={"w1:0": "mean"}
+)
 def channel_mean(s: Any) -> str:
     return f"""{IMAGE} => (float[N,5,6,6] y)
         a = Conv(x, w1)

@@ -160,8 +160,8 @@ def rotary_embedding(n: View) -> Line:
         if count is None:
             raise NoRule("the width is no multiple of the head size")
         sizes["h"] = count
-    tables = "[m] e" if n.rank(table) == 2 else "! e".replace("! ", "[m] [s] ")
-    positions = "!" if n.has(ids) else ""
+    tables = "[m] e" if n.rank(table) == 2 else "b [s] e"
+    positions = "" if not n.has(ids) else "b [s]" if n.rank(ids) == 2 else "!"
     inputs = [x, tables, tables, positions] if standard else [x, positions, tables, tables]
     return Line(f"{', '.join(inputs)} -> {x}", sizes)
 

@@ -64,6 +64,7 @@ def gather_elements(n: View) -> Line:
 def scatter_elements(n: View) -> Line:
     axis = n.axis(0)
     source, picked = _along(n, axis)
+    picked[axis] = "[k_]"
     prefix = f"{source[axis]}> " if n.indexed(1) else ""
     index = " ".join(picked)
     return Line(f"{' '.join(source)}, {prefix}{index}, {index} -> {' '.join(source)}")
@@ -94,11 +95,20 @@ def scatter_nd(n: View) -> Line:
     if isinstance(depth, Sym):
         raise NoRule("how many axes are addressed is not known")
     data = letters(n.rank(0))
-    index = [f"i{k}" for k in range(n.rank(1) - 1)]
+    index = [f"[i{k}]" for k in range(n.rank(1) - 1)]
     rest = data[depth:]
     source = " ".join([*(f"[{x}]" for x in data[:depth]), *rest])
     last = "1" if depth == 1 else "[z_]"
     return Line(f"{source}, {' '.join([*index, last])}, {' '.join([*index, *rest])} -> {source}")
+
+
+@rule("TensorScatter")
+def tensor_scatter(n: View) -> str:
+    """Writes a part of a sequence into a cache."""
+    names, axis = letters(n.rank()), n.axis(-2)
+    cache, update = list(names), list(names)
+    cache[axis], update[axis] = f"[{names[axis]}]", f"[{names[axis]}_]"
+    return f"{' '.join(cache)}, {' '.join(update)}, {names[0]} -> {' '.join(cache)}"
 
 
 @rule("OneHot")

@@ -16,7 +16,6 @@ lines(
     GridSample    n c [*x], n [*y] 2 -> n c [*y]
     RoiAlign      n c [*x], r 4, r -> r c [*y]
     MaxRoiPool    n c [*x], r 5 -> r c [*y]
-    AffineGrid    n [*t],  -> n [*y]
     com.microsoft.NhwcMaxPool  n [*x] c -> n [*y] c
     """
 )
@@ -147,6 +146,14 @@ def center_crop_pad(n: View) -> Line:
     target = n.values(1)
     found = {f"{names[a]}_": s for a, s in zip(axes, target or (), strict=False)}
     return Line(f"{' '.join(inputs)},  -> {' '.join(outputs)}", found)
+
+
+@rule("AffineGrid")
+def affine_grid(n: View) -> Line:
+    size = n.values(1)
+    if size is None:
+        raise NoRule("the size of the grid is not known")
+    return Line("n [i] [j],  -> n [*y]", {"y": (*size[2:], len(size) - 2)})
 
 
 @rule("MaxUnpool")
