@@ -26,7 +26,8 @@ def remove(model: ir.Model, result: PassResult) -> None:
         if not edit.is_op(node, *ELEMENTWISE):
             continue
         for index, value in enumerate(node.inputs):
-            if value is None or edit.tensor(value) is not None or len(node.inputs) < 2:
+            held = edit.tensor(value)
+            if value is None or len(node.inputs) < 2 or (held is not None and held.size > edit.SMALL):
                 continue
             facet = _whole(value, known)
             if facet is None or not _others_span(node, index, known):
@@ -36,11 +37,11 @@ def remove(model: ir.Model, result: PassResult) -> None:
                     changed += 1
                     result.change("branch that adds zero removed")
                     break
-            elif not _constant_branch(value):
+            elif held is None and not _constant_branch(value):
                 dtype = known.facts(value).dtype
                 assert dtype is not None
-                held = edit.initializer(model.graph, facet.astype(dtype.numpy()), names.fresh(f"{value.name}.constant"))
-                node.replace_input_with(index, held)
+                name = names.fresh(f"{value.name}.constant")
+                node.replace_input_with(index, edit.initializer(model.graph, facet.astype(dtype.numpy()), name))
                 changed += 1
                 result.change("branch that computes a constant replaced")
     if changed:

@@ -228,8 +228,10 @@ class Checker:
             try:
                 self._model = models.load(reference) if isinstance(reference, Path) else reference.clone()
                 self._expected = self._run_reference(self._model)
-            except BadInput as error:
+            except runtime.CannotRun as error:
                 self._why = f"the original cannot be run here: {error.why or error.what}"
+            except BadInput as error:
+                self._why = f"{error.what}: {error.hint or error.why}"
             if not self._expected and not self._why:
                 self._why = "no inputs were found with which the original runs; give some with --data"
         return self._expected

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from graphc.contract import Context, Effect, Pass, PassResult
+from graphc.contract import Context, Effect, Pass, PassResult, Refusal
 from graphc.errors import CheckFailed, GraphcError
 from graphc.gate import Gate, Judge
 from graphc.report import PassReport
@@ -88,7 +88,7 @@ class Runner:
     def run(self, passes: Sequence[Pass], load: Do | None = None) -> None:
         """Run passes in order; ``load`` is what the frontend does to the model as it came, checked like a pass."""
         at = _row(passes, 0)
-        first = [load] if load else []
+        first = [partial(self._loaded, load)] if load else []
         self._exact(first + [partial(self._one, each) for each in passes[:at]])
         while at < len(passes):
             self._lossy(passes[at])
@@ -157,6 +157,14 @@ class Runner:
         report.changes, report.refusals = result.changes, result.refusals
         report.seconds = time.perf_counter() - start
         return Step(report, clone if result.changed else model)
+
+    def _loaded(self, load: Do, original: ir.Model) -> Step:
+        """What the frontend made of the model, or the model as it came where that could not be checked."""
+        step = load(original)
+        if not step.report.changes or self.context.checkable or self.unchecked:
+            return step
+        refused = Refusal("", f"nothing can be checked here, so this was not done: {'; '.join(step.report.changes)}")
+        return Step(dataclasses.replace(step.report, changes=[], refusals=[*step.report.refusals, refused]), original)
 
     def _lossy(self, strongest: Pass) -> None:
         """Run a lossy pass at the strongest level that holds every gate on the outputs, or not at all."""

@@ -67,7 +67,7 @@ class Cast(Pass):
             if decision.reason:
                 result.refuse(node, decision.reason)
             elif decision.inputs or decision.outputs:
-                result.change(f"{node.op_type} computes in {self.to}")
+                result.change(f"{node.op_type} {'computes in' if decision.outputs else 'reads'} {self.to}")
                 if to != ir.DataType.FLOAT and node.op_type in _PRODUCTS and _only_cpu(ctx):
                     result.refuse(node, _CPU_ONLY)
         if result.changed or self.io:

@@ -120,7 +120,7 @@ def test_inspect_shows_what_is_in_a_model() -> None:
     assert conv["flops"] == 2 * macs
 
 
-@pytest.mark.parametrize("what", [[], ["passes"], ["backends"], ["recipes"], ["simplify"], ["onnxruntime"], ["default"]])
+@pytest.mark.parametrize("what", [[], ["passes"], ["rules"], ["backends"], ["recipes"], ["simplify"], ["onnxruntime"], ["default"]])
 def test_list_documents_everything(what: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", *what]) == 0
     assert main(["list", *what, "--json"]) == 0

@@ -11,7 +11,7 @@ from graphc import catalogue, registry
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-@pytest.mark.parametrize("section", ["passes", "backends", "recipes"])
+@pytest.mark.parametrize("section", ["passes", "rules", "backends", "recipes"])
 def test_generated_documentation_is_fresh(section: str) -> None:
     written = (DOCS / f"{section}.md").read_text(encoding="utf-8")
     assert written == catalogue.markdown(section), "run: python -m graphc.catalogue docs"

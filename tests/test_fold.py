@@ -102,13 +102,13 @@ def test_mod_has_the_sign_that_onnx_says(fmod: int) -> None:
 UNDEFINED: list[tuple[str, Sequence[Any], dict[str, Any]]] = [
     ("Div", (np.array([1]), np.array([0])), {}),
     ("Mod", (np.array([1]), np.array([0])), {}),
-    ("Cast", (np.float32([np.nan]),), {"to": 7}),
-    ("Cast", (np.float32([1e20]),), {"to": 6}),
-    ("Cast", (np.float32([-1]),), {"to": 2}),
+    ("Cast", (np.array([np.nan], np.float32),), {"to": 7}),
+    ("Cast", (np.array([1e20], np.float32),), {"to": 6}),
+    ("Cast", (np.array([-1], np.float32),), {"to": 2}),
     ("Gather", (np.arange(3), np.array([3])), {}),
     ("Range", (np.array(0), np.array(3), np.array(0)), {}),
-    ("Max", (np.float32([np.nan]), np.float32([1])), {}),
-    ("Clip", (np.float32([np.nan]), np.float32(0)), {}),
+    ("Max", (np.array([np.nan], np.float32), np.array([1], np.float32)), {}),
+    ("Clip", (np.array([np.nan], np.float32), np.float32(0)), {}),
     ("Pow", (np.array([2]), np.array([-1])), {}),
     ("Reshape", (np.arange(6), np.array([4, -1])), {}),
     ("Slice", (np.arange(6), np.array([0]), np.array([2**63 - 1]), np.array([0]), np.array([-1])), {}),
@@ -125,7 +125,7 @@ def test_what_is_not_defined_is_not_computed(operator: str, inputs: Sequence[Any
 
 
 def test_casts_truncate_and_widen() -> None:
-    x = np.float32([1.9, -1.9, 0.0])
+    x = np.array([1.9, -1.9, 0.0], np.float32)
     np.testing.assert_array_equal(compute("Cast", x, to=7), [1, -1, 0])
     np.testing.assert_array_equal(compute("Cast", x, to=9), [True, True, False])
     big = np.array([2**53 + 1, 2**24 + 1])

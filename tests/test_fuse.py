@@ -502,6 +502,21 @@ def test_bounds_compose(body: str, expected: list[str]) -> None:
             {"s": numbers(8), "t": numbers(8)},
             ["Relu", "Mul", "Add"],
         ),
+        (
+            "r = Relu(x) f = Flatten<axis=2>(r) u = Unsqueeze(f, one) a = Mul(u, s) b = Add(a, t) y = Exp(b)",
+            {"one": np.array([1]), "s": [2.0], "t": [3.0]},
+            ["Relu", "Flatten", "Unsqueeze", "Mul", "Add", "Exp"],
+        ),
+        (
+            "r = Relu(x) u = Unsqueeze(r, last) a = Mul(u, s) y = Add(a, t)",
+            {"last": np.array([-1]), "s": numbers(4, 1, 1, 1), "t": [3.0]},
+            ["Relu", "Unsqueeze", "BatchNormalization"],
+        ),
+        (
+            "r = ReduceMean<keepdims=0>(x, last) a = Mul(r, s) y = Add(a, t)",
+            {"last": np.array([-1]), "s": numbers(4, 1), "t": [3.0]},
+            ["ReduceMean", "BatchNormalization"],
+        ),
         # along different axes: nothing to merge
         (
             "r = Relu(x) a = Mul(r, s) y = Mul(a, t)",

@@ -330,7 +330,12 @@ def test_nan_attributes_compare_by_bits() -> None:
 def test_initializers_that_are_equal_share_one() -> None:
     model = read("g (float[2] x) => (float[2] y) { a = Add(x, p)  b = Mul(a, q)  c = Mul(b, r)  y = Mul(c, s) }")
     nan = np.array([np.nan, 1], np.float32)
-    for name, data in {"p": nan, "q": nan.copy(), "r": np.float32([0, 1]), "s": np.float32([-0.0, 1])}.items():
+    for name, data in {
+        "p": nan,
+        "q": nan.copy(),
+        "r": np.array([0, 1], np.float32),
+        "s": np.array([-0.0, 1], np.float32),
+    }.items():
         dangling = next(v for node in model.graph for v in node.inputs if v is not None and v.name == name)
         dangling.const_value = ir.tensor(data, name=name)
         dangling.type, dangling.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape((2,))

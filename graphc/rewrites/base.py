@@ -76,14 +76,24 @@ class Rewriter:
 
     def shape(self, value: ir.Value | None) -> ir.Shape | None:
         """The inferred shape of a value, None if nothing is known; inference runs when first asked."""
+        facts = self._infer()
+        if value is None or value.graph in self._function_graphs:
+            return None
+        # Declared shapes of outputs are hints, too, but stay in the interface.
+        return shapes.emitted(facts(value).shape) if value.is_graph_output() else value.shape
+
+    def dtype(self, value: ir.Value | None) -> ir.DataType | None:
+        """The dtype of a value, None if it is not known; inference runs where nothing is declared."""
+        if value is not None and value.dtype is None:
+            self._infer()
+        return value.dtype if value is not None else None
+
+    def _infer(self) -> shapes.Facts:
         if self._facts is None:
             self._facts = shapes.Facts(self.model)
             self._facts.visit_graph(self.model.graph)
             shapes.annotate(self.model, self._facts)
-        if value is None or value.graph in self._function_graphs:
-            return None
-        # Declared shapes of outputs are hints, too, but stay in the interface.
-        return shapes.emitted(self._facts(value).shape) if value.is_graph_output() else value.shape
+        return self._facts
 
     def rank(self, value: ir.Value | None) -> int | None:
         """How many axes a value has, if known."""

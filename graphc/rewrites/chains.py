@@ -57,7 +57,12 @@ def merge(node: ir.Node, rewriter: Rewriter) -> str | None:
     what = ", ".join(dict.fromkeys(part.node.op_type for part in row))
     is_scale, is_shift = bool((scale != 1).any()), bool(shift.any())
     last = row[-1].node
-    as_batchnorm = axis == 1 and rank > 2 and (any(p.is_batchnorm for p in row) or (is_scale and is_shift))
+    as_batchnorm = (
+        axis == 1
+        and rank > 2
+        and dtype != ir.DataType.BFLOAT16
+        and (any(p.is_batchnorm for p in row) or (is_scale and is_shift))
+    )
     if as_batchnorm and "batchnorm-arithmetic" in rewriter.enabled:
         parameters = _parameters(last, scale, shift, dtype, rewriter)
         rewriter.supersede(last, "BatchNormalization", [row[0].x, *parameters], {"epsilon": 0.0})

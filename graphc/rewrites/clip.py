@@ -37,8 +37,8 @@ def merge(node: ir.Node, rewriter: Rewriter) -> str | None:
     first, second = _bounds(before), _bounds(node)
     if first is None or second is None:
         raise Refused("a bound of a Clip is not constant")
-    dtype = source.dtype or node.outputs[0].dtype
-    if dtype not in FLOATS:
+    dtype = rewriter.dtype(source)
+    if dtype is None or dtype not in FLOATS:
         raise Refused("the dtype of the clipped tensor is not a known floating-point type")
     sole_reader(source)
     # Clip(x, a, b) = min(max(x, a), b), so that the second wins where the ranges do not meet.

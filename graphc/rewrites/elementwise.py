@@ -21,6 +21,9 @@ from graphc.rewrites.base import FLOATS, Refused, Rewriter, Rule, sole_reader
 _LONGEST = 12
 """Nodes of a region at most."""
 
+_DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+"""Dtypes in which runtimes have these operators."""
+
 _AHEAD = 5
 """How many readers ahead of a marker a region may end."""
 
@@ -103,7 +106,7 @@ def recognise(node: ir.Node, rewriter: Rewriter) -> str | None:
             break
         ends.append(following)
     for end in reversed(ends):
-        found = _find(end, node)
+        found = _find(end, node, rewriter)
         if found is None:
             continue
         source, region, function = found
@@ -120,7 +123,7 @@ def _is_elementwise(node: ir.Node | None) -> bool:
     return edit.is_op(node, *_KERNELS, "HardSigmoid")
 
 
-def _find(end: ir.Node, marker: ir.Node) -> tuple[ir.Value, list[ir.Node], _Function] | None:
+def _find(end: ir.Node, marker: ir.Node, rewriter: Rewriter) -> tuple[ir.Value, list[ir.Node], _Function] | None:
     """The variable, nodes from the last to the first, and function of a known region that ends at a node."""
     region = [end]
     while len(region) <= _LONGEST:
@@ -128,7 +131,7 @@ def _find(end: ir.Node, marker: ir.Node) -> tuple[ir.Value, list[ir.Node], _Func
         if frontier is None or not frontier:
             return None
         if len(frontier) == 1 and marker in region:
-            function = _known(region, frontier[0], marker)
+            function = _known(region, frontier[0], marker, rewriter.dtype(frontier[0]))
             if function is not None:
                 return frontier[0], region, function
         inside = set(region)
@@ -160,14 +163,14 @@ def _variables(region: list[ir.Node]) -> list[ir.Value] | None:
     return list(found)
 
 
-def _known(region: list[ir.Node], source: ir.Value, marker: ir.Node) -> _Function | None:
+def _known(region: list[ir.Node], source: ir.Value, marker: ir.Node, dtype: ir.DataType | None) -> _Function | None:
     """The function that a region computes of its variable."""
     candidates = [f for f in _FUNCTIONS if marker.op_type in f.markers]
+    if dtype is None or dtype not in _DTYPES:
+        return None
     computed = _evaluate(region, source)
     if computed is None:
         return None
-    dtype = source.dtype if source.dtype in FLOATS else ir.DataType.FLOAT
-    assert dtype is not None
     eps = float(ml_dtypes.finfo(dtype.numpy()).eps)  # type: ignore[no-untyped-call]
     for function in candidates:
         if (np.abs(computed - function.compute(_POINTS)) <= 4 * eps * (1 + np.abs(_POINTS))).all():

@@ -30,10 +30,9 @@ def recognise(node: ir.Node, rewriter: Rewriter) -> str | None:
         raise Refused("the normalised axis is not the last")
     size = shape[-1]
     end, scale, bias = _scale_and_bias(quotient[-1], size)
-    dtype = x.dtype
-    if dtype not in FLOATS:
+    dtype = rewriter.dtype(x)
+    if dtype is None or dtype not in FLOATS:
         return None
-    assert dtype is not None
     if scale is None:
         ones = ir.tensor(np.ones(size, dtype=dtype.numpy()), dtype=dtype)
         scale = rewriter.constant(end[-1], ones, f"{end[-1].outputs[0].name}.scale")
