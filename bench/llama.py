@@ -73,7 +73,12 @@ class Llama:
 
     def _split_heads(self, x: ir.Value, heads: int) -> ir.Value:
         shape = self.op(
-            "Concat", self._dim(x, 0), self._dim(x, 1), self.constant([heads]), self.constant([self.size]), axis=0
+            "Concat",
+            self._dim(x, 0),
+            self._dim(x, 1),
+            self.constant([heads]),
+            self.constant([self.size]),
+            axis=0,
         )
         return self.op("Transpose", self.op("Reshape", x, shape), perm=[0, 2, 1, 3])
 
@@ -89,7 +94,11 @@ class Llama:
         if times == 1:
             return x
         batch, seq = self._dim(x, 0), self._dim(x, 2)
-        heads, size, repeats = self.constant([self.kv_heads]), self.constant([self.size]), self.constant([times])
+        heads, size, repeats = (
+            self.constant([self.kv_heads]),
+            self.constant([self.size]),
+            self.constant([times]),
+        )
         wide = self.op("Concat", batch, heads, repeats, seq, size, axis=0)
         flat = self.op("Concat", batch, self.constant([self.heads]), seq, size, axis=0)
         return self.op("Reshape", self.op("Expand", self.op("Unsqueeze", x, self.constant([2])), wide), flat)
@@ -100,7 +109,9 @@ class Llama:
         made = {
             part: self._split_heads(
                 self.op(
-                    "MatMul", n, self.weight(f"{name}.self_attn.{part}_proj.weight", self.width, count * self.size)
+                    "MatMul",
+                    n,
+                    self.weight(f"{name}.self_attn.{part}_proj.weight", self.width, count * self.size),
                 ),
                 count,
             )

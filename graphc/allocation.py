@@ -116,7 +116,7 @@ def _flops_by_weight(model: ir.Model) -> dict[ir.Value, float]:
         if not node.outputs or not (count := counts.get(node.outputs[0].name, 0)):
             continue
         sources = [s for value in node.inputs if (s := _source(value)) is not None]
-        largest = max(sources, key=lambda v: _size(v), default=None)
+        largest = max(sources, key=_size, default=None)
         if largest is not None:
             found[largest] = found.get(largest, 0.0) + count
     return found

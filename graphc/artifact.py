@@ -1,4 +1,4 @@
-"""From a finished model to its place on disk: emit beside, reload, compare, measure, and only then rename."""
+"""From a finished model to its place on disk: emitted beside it, tried out, and only then renamed."""
 
 from __future__ import annotations
 
@@ -9,25 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from graphc import edit, files
 from graphc.cache import file_hash
-from graphc.contract import Arrays
-from graphc.errors import BadInput, CheckFailed
-from graphc.gate import Gate
+from graphc.errors import BadInput
 from graphc.model import nbytes, parameters, remove_stale
-from graphc.views.units import seconds, size
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from graphc.frontends import Source
     from graphc.pipeline import Settings
     from graphc.report import Report
 
 SCHEMA = "graphc-artifact/1"
-
-SLOWER = 1.05
-"""Latency ratio from which the report says that the output is slower, if the spread is below it too."""
-
-Progress = Callable[[str, int, int], None]
 
 
 def is_file(output: Path) -> bool:
@@ -67,21 +58,14 @@ def describe(model: ir.Model, stored: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def place(
-    report: Report,
-    output: Path | None,
-    source: Source,
-    settings: Settings,
-    samples: Sequence[Arrays],
-    progress: Progress,
-) -> None:
-    """Emit ``report.model``, check and measure what was emitted, and put it at ``output``.
+def place(report: Report, output: Path | None, settings: Settings, try_out: Callable[[Report, Path], None]) -> None:
+    """Emit ``report.model``, have what was emitted tried out, and only then put it at ``output``.
 
-    Without an output, or on a dry run, everything is done but the last step.
+    Without an output nothing is emitted; on a dry run everything is done but the last step.
 
     Raises:
         BadInput: The output cannot be written.
-        CheckFailed: What was emitted does not load or breaks a gate; then nothing is written.
+        CheckFailed: ``try_out`` raised it; then nothing is written.
     """
     assert report.model is not None
     if output is None:
@@ -95,7 +79,7 @@ def place(
         written = [p for p in staging.iterdir() if p.is_file() and p.name != files.MANIFEST]
         report.output = describe(report.model, [main, *(p for p in written if p != main)])
         report.output["path"] = "" if settings.dry_run else str(output)
-        _examine(report, emitted, source, settings, samples, progress)
+        try_out(report, emitted)
         if not single:
             _write_json(emitted / files.MANIFEST, _manifest(report, written, emitted))
             report.write(emitted / "report.json")
@@ -160,67 +144,3 @@ def _move(emitted: Path, output: Path) -> None:
             path.replace(output.parent / path.name)
         emitted.replace(output)
         remove_stale(output, {output.parent / path.name for path in data})
-
-
-def _examine(
-    report: Report,
-    emitted: Path,
-    source: Source,
-    settings: Settings,
-    samples: Sequence[Arrays],
-    progress: Progress,
-) -> None:
-    """Load what was emitted in a fresh session as a user would, run it, time it against the input, hold the gates.
-
-    Raises:
-        CheckFailed: It does not load or run, although the model did, or a gate does not hold.
-    """
-    for gate in settings.gates:
-        if gate.kind == "size":
-            _hold(gate, report.output["bytes"], report.input["bytes"], size)
-    latency = [gate for gate in settings.gates if gate.kind == "latency"]
-    runs = report.rewrite.get("checked", True) or not settings.verify
-    if not runs or not (settings.verify or settings.measure or latency):
-        return
-    progress("loading what was emitted", 0, 0)
-    from graphc import measure
-
-    # Runtimes repack weights to run fast, which takes as much memory again.
-    timed = bool(latency) or (settings.measure and nbytes(report.model) <= measure.LARGEST)
-    try:
-        sample = samples[0] if samples else measure.sample(report.model, settings.seed)
-        loaded = settings.target.load(emitted, frugal=not timed)
-        loaded.run(sample)
-    except BadInput as error:
-        raise CheckFailed(
-            "what was emitted does not run; nothing was written",
-            where=error.where,
-            why=error.why or error.what,
-            hint="please report this as a defect of graphc, with the model if you may",
-        ) from error
-    if not timed:
-        if settings.measure:
-            report.warnings.append("not timed, to spare memory: 'graphc bench INPUT OUTPUT' times large models")
-        return
-    progress("measuring", 0, 0)
-    found = measure.against(source.original, loaded, sample)
-    if found is None:
-        return
-    report.measurements["latency"] = found
-    for gate in latency:
-        _hold(gate, found["output"]["median"], found["input"]["median"], seconds)
-    if found["ratio_low"] > SLOWER:
-        report.warnings.append(
-            f"the output is slower than the input here: {found['ratio']:.2f}x "
-            f"({found['ratio_low']:.2f} to {found['ratio_high']:.2f})"
-        )
-
-
-def _hold(gate: Gate, value: float, before: float, show: Callable[[float], str]) -> None:
-    limit = gate.limit * before if gate.relative else gate.limit
-    if value > limit:
-        raise CheckFailed(
-            f"the gate '{gate}' does not hold; nothing was written",
-            why=f"{show(value)} is more than {show(limit)}",
-            hint="choose a stronger recipe, or a milder limit",
-        )

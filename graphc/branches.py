@@ -17,9 +17,12 @@ ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Max", "Min", "Pow", "PRelu
 """Operators at which an operand may be replaced by a constant that broadcasts to it."""
 
 
-def remove(model: ir.Model, result: PassResult) -> None:
-    """Replace computed operands of elementwise operators that are constant for every input; drop what added zero."""
-    known = Knowledge(model)
+def remove(model: ir.Model, known: Knowledge, result: PassResult) -> bool:
+    """Replace computed operands of elementwise operators that are constant for every input; drop what added zero.
+
+    Returns:
+        Whether the model changed; what is known of it must then be found anew.
+    """
     names = edit.Names(model)
     changed = 0
     for node in model.graph:
@@ -46,6 +49,7 @@ def remove(model: ir.Model, result: PassResult) -> None:
                 result.change("branch that computes a constant replaced")
     if changed:
         RemoveUnusedNodesPass()(model)
+    return bool(changed)
 
 
 def _whole(value: ir.Value, known: Knowledge) -> Facet | None:

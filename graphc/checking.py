@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,8 +47,11 @@ NOISE_RUNS = 3
 MAX_SAMPLES = 8
 """Samples of the user's data that are compared; more would only take longer."""
 
-BIG_MODEL_CASES = 2
-"""Cases on which models above ``runtime.BIG`` are compared."""
+FEW_CASES = 2
+"""Cases on which models are compared that are larger than ``runtime.BIG``, or slow."""
+
+SLOW = 1.0
+"""Seconds of a run from which a model is slow."""
 
 _WEAK = 0.05
 """Noise relative to the output from which equality says little."""
@@ -239,11 +243,7 @@ class Checker:
     def _run_reference(self, model: ir.Model) -> list[_Expected]:
         # One session after the other: each has its own copy of the weights where the runtime repacks them.
         session = self._session(self._reference, False)
-        cases = self._cases(model, session)[: BIG_MODEL_CASES if self._big else None]
-        expected = []
-        for number, case in enumerate(cases):
-            self._progress("running the original", number, len(cases))
-            expected.append(_Expected(case, session.run(case.arrays)))
+        expected = self._given(session) if self._data else self._made(model, session)
         if not expected:
             return []
         again = session.run(expected[0].case.arrays)
@@ -264,6 +264,42 @@ class Checker:
                 each.noise = {name: guessed_noise(array) for name, array in each.outputs.items()}
         return expected
 
+    def _given(self, session: runtime.Session) -> list[_Expected]:
+        """The reference's outputs for the user's data."""
+        expected = []
+        samples = self._data[:MAX_SAMPLES]
+        for number, arrays in enumerate(samples):
+            self._progress("running the original", number, len(samples))
+            expected.append(_Expected(Case(arrays, f"data[{number}]"), session.run(arrays)))
+        return expected
+
+    def _made(self, model: ir.Model, session: runtime.Session) -> list[_Expected]:
+        """The reference's outputs for made inputs, as many as its size and speed allow."""
+        found: dict[str, Array] = {}
+        complaints: list[str] = []
+        seconds = 0.0
+
+        def accepts(arrays: Arrays) -> bool:
+            nonlocal found, seconds
+            start = time.perf_counter()
+            try:
+                found = session.run(arrays)
+            except runtime.CannotRun as error:
+                complaints.append(error.why)
+                return False
+            seconds = time.perf_counter() - start
+            return True
+
+        expected: list[_Expected] = []
+        for case in inputs.cases(model, seed=self._seed, accepts=accepts):
+            expected.append(_Expected(case, found))
+            self._progress("running the original", len(expected), 0)
+            if len(expected) >= FEW_CASES and (self._big or seconds > SLOW):
+                break
+        if not expected and complaints:
+            self._why = f"the original runs with no inputs that were tried: {complaints[0]}"
+        return expected
+
     def _measure_noise(self, model: ir.Model, expected: Sequence[_Expected]) -> None:
         session = self._session(noisy(model, seed=self._seed), False)
         for number, each in enumerate(expected):
@@ -272,24 +308,6 @@ class Checker:
             for name, array in each.outputs.items():
                 each.noise[name] = noise_of(array, [run[name] for run in runs if name in run])
         session.close()
-
-    def _cases(self, model: ir.Model, session: runtime.Session) -> list[Case]:
-        if self._data:
-            return [Case(arrays, f"data[{i}]") for i, arrays in enumerate(self._data[:MAX_SAMPLES])]
-        complaints: list[str] = []
-
-        def accepts(arrays: Arrays) -> bool:
-            try:
-                session.run(arrays)
-            except runtime.CannotRun as error:
-                complaints.append(error.why)
-                return False
-            return True
-
-        cases = inputs.generate(model, seed=self._seed, accepts=accepts)
-        if not cases and complaints:
-            self._why = f"the original runs with no inputs that were tried: {complaints[0]}"
-        return cases
 
     def _measure_optimiser(self, expected: Sequence[_Expected]) -> None:
         """Note how far the runtime's optimiser moves the reference's outputs, which is not a candidate's fault."""

@@ -119,7 +119,7 @@ def _optimize(commands: Any) -> None:
         action="append",
         default=[],
         metavar="METRIC=VALUE",
-        help="what lossy passes may cost; repeatable",
+        help="limit for lossy passes: error, top1, kl, perplexity or file.py:function; repeatable",
     )
     check.add_argument("--max-size", metavar="SIZE", help="limit of the output: 10MB, 0.5x")
     check.add_argument("--max-latency", metavar="TIME", help="limit of the latency: 5ms, 0.8x")

@@ -80,6 +80,7 @@ CHUNK = 1 << 22
 def _norm(groups: Groups, group: Group, place: Place, held: ir.TensorProtocol, order: int) -> Array:
     """Sums of absolute values or squares of one weight, by unit."""
     array = held.numpy()
+    scores: Array
     if group.blocks:
         scores = np.asarray(groups.scores(group, place, _powers(array, order)), dtype=np.float64)
     else:
@@ -94,6 +95,7 @@ def _norm(groups: Groups, group: Group, place: Place, held: ir.TensorProtocol, o
                 along += part
         used = place.units >= 0
         scores = np.bincount(place.units[used], weights=along[used], minlength=group.size)
+    del array
     if isinstance(held, ir.ExternalTensor):
         held.release()
     return scores

@@ -18,7 +18,15 @@ def graphs(model: ir.Model) -> Iterator[ir.Graph]:
     """The main graph, the bodies of local functions, and all subgraphs of both, outer before inner."""
     for root in (model.graph, *(f.graph for f in model.functions.values())):
         yield root
-        yield from root.subgraphs()
+        yield from bodies(root)
+
+
+def bodies(graph: ir.Graph) -> Iterator[ir.Graph]:
+    """All subgraphs of a graph, outer before inner."""
+    for node in graph:
+        for body in subgraphs(node):
+            yield body
+            yield from bodies(body)
 
 
 def nodes(model: ir.Model) -> Iterator[ir.Node]:
@@ -29,12 +37,12 @@ def nodes(model: ir.Model) -> Iterator[ir.Node]:
 
 def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
     """The bodies that a node holds (If, Loop, Scan), outermost only."""
+    if not node.attributes:
+        return
     for attr in node.attributes.values():
-        if attr.is_ref():
-            continue
-        if attr.type == ir.AttributeType.GRAPH:
+        if attr.type == ir.AttributeType.GRAPH and not attr.is_ref():
             yield attr.as_graph()
-        elif attr.type == ir.AttributeType.GRAPHS:
+        elif attr.type == ir.AttributeType.GRAPHS and not attr.is_ref():
             yield from attr.as_graphs()
 
 
@@ -65,6 +73,13 @@ def tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
             case "value_strings":
                 return ir.tensor(list(attr.as_strings()))
     return None
+
+
+def nbytes(held: ir.TensorProtocol) -> int:
+    """Bytes that a tensor takes; strings count with their own length, for which they are read."""
+    if held.dtype == ir.DataType.STRING:
+        return sum(len(item) for item in held.numpy().reshape(-1))
+    return held.nbytes
 
 
 def constant(value: ir.Value | None, limit: int | None = None) -> Array | None:

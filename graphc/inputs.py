@@ -85,6 +85,11 @@ Fill = Callable[[Input, tuple[int, ...], int, np.random.Generator], Array]
 
 
 def generate(model: ir.Model, *, seed: int = 0, accepts: Callable[[Arrays], bool] | None = None) -> list[Case]:
+    """All that :func:`cases` makes."""
+    return list(cases(model, seed=seed, accepts=accepts))
+
+
+def cases(model: ir.Model, *, seed: int = 0, accepts: Callable[[Arrays], bool] | None = None) -> Iterator[Case]:
     """Make inputs for a model: several sizes of every symbolic dimension, ordinary and special values.
 
     The same model and seed give the same inputs. Inputs that have defaults (they are initializers too) are left out,
@@ -96,8 +101,8 @@ def generate(model: ir.Model, *, seed: int = 0, accepts: Callable[[Arrays], bool
         accepts: Whether the model runs with some inputs. With it, sizes that do not run are replaced by others
             (equal lengths, multiples of 32, ...), and what never runs is left out.
 
-    Returns:
-        The cases, the most ordinary first; empty if ``accepts`` took none.
+    Yields:
+        Cases that ``accepts`` has just taken, the most ordinary first; none if it took none.
 
     Raises:
         BadInput: An input is a sequence, a map or an optional, or has no declared rank.
@@ -116,21 +121,21 @@ def generate(model: ir.Model, *, seed: int = 0, accepts: Callable[[Arrays], bool
         for plan in symbols.plans():
             if (first := make(plan(0), 0, "ordinary values", fill)) is None:
                 continue
-            cases, sizes = [first], [plan(0)]
+            yield first
+            sizes = [plan(0)]
             for variant in (1, 2) if plan(0) else ():
                 for wanted in symbols.steps(plan, variant):
                     if wanted not in sizes and (case := make(wanted, variant, "ordinary values", fill)):
-                        cases.append(case)
+                        yield case
                         sizes.append(wanted)
                         break
             for number, (what, values) in enumerate(_special(inputs, fill)):
                 at = sizes[-1] if number % 2 else sizes[0]
                 if case := make(at, 10 + number, what, values):
-                    cases.append(case)
+                    yield case
             if (given := _given(model, first, seed)) and takes(given.arrays):
-                cases.append(given)
-            return cases
-    return []
+                yield given
+            return
 
 
 def _input(model: ir.Model, value: ir.Value) -> Input:

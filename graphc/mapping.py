@@ -43,7 +43,7 @@ def constants_nbytes(model: ir.Model) -> int:
 
 def serialised(model: ir.Model) -> bytes:
     """The model as a protobuf that holds all its constants, those in files included."""
-    model = model.clone()  # it shares the tensors
+    model = _copy(model)
     for holder, tensor in list(constants(model)):
         if not isinstance(tensor, ir.ExternalTensor):
             continue
@@ -81,7 +81,7 @@ def mapped(model: ir.Model, settings: Any, *, lend: bool) -> tuple[bytes, list[A
     streamed, lent = Path(folder.name, "streamed"), Path(folder.name, "lent")
     # The file that lent constants declare must exist; it is empty, so that reading it would fail, not mislead.
     lent.touch()
-    model = model.clone()  # it shares the tensors
+    model = _copy(model)
     _hoist_constant_nodes(model)
     # What is lent is known by name only, in all graphs: two branches may use one name for different tensors.
     names = Counter(name for graph in edit.graphs(model) for name in graph.initializers)
@@ -118,6 +118,13 @@ def mapped(model: ir.Model, settings: Any, *, lend: bool) -> tuple[bytes, list[A
             hint="inline its local functions first",
         )
     return bytes(proto.SerializeToString()), keep
+
+
+def _copy(model: ir.Model) -> ir.Model:
+    """A clone that shares the tensors. Constants need not be inputs in it, as they had to before IR version 4."""
+    copy = model.clone()
+    copy.ir_version = max(copy.ir_version, 4)
+    return copy
 
 
 def _held(node: ir.Node) -> ir.TensorProtocol | None:

@@ -124,7 +124,7 @@ def verify(
     """
     from graphc import data as samples
     from graphc import frontends
-    from graphc.checking import Checker
+    from graphc.checking import Checker, Comparison
 
     a, b = frontends.load(Path(reference)), frontends.load(Path(candidate))
     given = samples.load(Path(data), a.original) if data is not None else ()
@@ -194,7 +194,7 @@ def run(
         state = {"recipe": Recipe(later).text(), "done": done.to_json()}
         done.model.metadata_props[RESUME] = json.dumps(state, sort_keys=True)
     files = [*loaded.files, *inputs, *([settings.data] if settings.data else [])]
-    artifact.place(report, output, loaded, settings, work.samples, progress)
+    artifact.place(report, output, settings, work.try_out)
     if depfile is not None and output is not None and not settings.dry_run:
         artifact.write_depfile(depfile, output, files)
     if report_file is not None:
@@ -204,20 +204,46 @@ def run(
 
 @dataclass
 class _Work:
-    """One run: what its checks and passes are made from."""
+    """One run: what its checks and passes are made from.
+
+    Attributes:
+        loaded: The model as the frontend gave it.
+        settings: The flags.
+        progress: ``progress(what, done, total)``.
+        samples: The user's data.
+        last: The checker that found the resulting model right, if one did.
+    """
 
     loaded: Source
     settings: Settings
     progress: Progress
     samples: Sequence[Arrays]
+    last: Checker | None = None
 
     @cached_property
     def judge(self) -> Judge:
         """Measures lossy passes against the model as it came."""
         return Judge(self.loaded.original, self.samples, self.settings.seed, self.progress)
 
+    def try_out(self, report: Report, emitted: Path) -> None:
+        """Try out what was emitted; see ``graphc.trial``."""
+        from graphc import trial
+
+        model = report.model
+        assert model is not None
+        trial.try_out(
+            report,
+            emitted,
+            self.loaded,
+            self.settings,
+            self.samples,
+            lambda: self.last or self.checker(model),
+            self.progress,
+        )
+
     def checker(self, reference: ir.Model) -> Checker:
-        from graphc.checking import Checker, Comparison
+        """A checker whose reference is the given model."""
+        from graphc.checking import Checker
 
         return Checker(reference, data=self.samples, seed=self.settings.seed, progress=self.progress)
 
@@ -240,6 +266,7 @@ class _Work:
             unchecked=settings.unchecked or not settings.verify,
         )
         runner.run(passes, load=None if done else self._load)
+        self.last = runner.last
         if store is not None:
             store.put(name, lambda folder: _remember(folder, runner.done))
         return runner.done

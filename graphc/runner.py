@@ -76,6 +76,7 @@ class Runner:
         gates: The limits that lossy passes must hold.
         context: What passes are given.
         unchecked: Whether all passes may run although nothing can be checked.
+        last: The checker that found ``done.model`` right, if one did.
     """
 
     done: Done
@@ -84,6 +85,7 @@ class Runner:
     gates: Sequence[Gate]
     context: Context
     unchecked: bool = False
+    last: Checker | None = None
 
     def run(self, passes: Sequence[Pass], load: Do | None = None) -> None:
         """Run passes in order; ``load`` is what the frontend does to the model as it came, checked like a pass."""
@@ -100,7 +102,7 @@ class Runner:
         """Run a row of exact passes, check it, and undo what is wrong."""
         if not todo:
             return
-        checker = self._checker(self.done.model)
+        self.last = checker = self._checker(self.done.model)
         changed = False
         while True:
             steps: list[Step] = []
@@ -193,7 +195,7 @@ class Runner:
             step.report.error, step.report.rolled_back = f"the gate did not hold: {', '.join(broken)}", True
         self.done.passes.append(step.report)
         if not step.report.rolled_back:
-            self.done.model = step.model
+            self.done.model, self.last = step.model, None
 
     def _checker(self, reference: ir.Model) -> Checker | None:
         """The checker of a row, and through it whether anything can be checked at all."""

@@ -204,7 +204,7 @@ def infer(model: ir.Model) -> None:
 
 def annotate(model: ir.Model, facts: Facts) -> None:
     """Write facts into the values' ``type`` and ``shape``, as ``infer`` does."""
-    for root in (model.graph, *model.graph.subgraphs()):
+    for root in (model.graph, *edit.bodies(model.graph)):
         for value in root.inputs if root is not model.graph else ():
             _annotate(value, facts(value))
         for node in root:

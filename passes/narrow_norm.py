@@ -12,8 +12,8 @@ from graphc import deadness
 from graphc.axes import cut
 from graphc.axes.groups import analyse
 from graphc.contract import Context, Effect, Pass, PassResult, option
-from graphc.deadness import Sites
 from graphc.known import Knowledge
+from graphc.sites import Sites
 
 
 @dataclass(frozen=True)

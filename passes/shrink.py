@@ -9,13 +9,15 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from graphc import branches, deadness, edit
+from graphc import branches, deadness, edit, folding
 from graphc.axes import cut
 from graphc.axes.groups import Groups, analyse
 from graphc.contract import Context, Effect, Pass, PassResult, option
-from graphc.deadness import Dead, Fold, Sites
+from graphc.deadness import Dead
 from graphc.edit import Array
-from graphc.known import Knowledge
+from graphc.folding import Fold
+from graphc.known import ConstantFacets, Knowledge
+from graphc.sites import Sites
 
 ROUNDS = 64
 """Each round removes units or branches; what they fed may be dead in the next. Deeper chains do not occur."""
@@ -31,11 +33,13 @@ class Shrink(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         result = PassResult()
+        constants = ConstantFacets()
         for done in range(ROUNDS):
             ctx.progress("remove dead units", done, ROUNDS)
-            branches.remove(model, result)
             groups = analyse(model, interface=self.interface)
-            known = Knowledge(model, groups.trace)
+            known = Knowledge(model, groups.trace, constants)
+            if branches.remove(model, known, result):
+                continue
             sites = Sites(groups)
             dead = deadness.find(sites, known)
             if not _fold(model, sites, dead, known, result) and not _cut(model, groups, dead, result, self.interface):
@@ -93,7 +97,7 @@ def _fold(model: ir.Model, sites: Sites, dead: Mapping[str, Dead], known: Knowle
         if mask is None or found.silent[~mask].all():
             continue
         keep[name] = mask
-        for fold, indices in deadness.folds(sites, group, ~mask, known):
+        for fold, indices in folding.folds(sites, group, ~mask, known):
             # An index that goes with two groups is folded once.
             before = moved[fold.node][1] if fold.node in moved else np.zeros_like(indices)
             moved[fold.node] = (fold, before | indices)

@@ -110,3 +110,10 @@ def test_commands_shown_are_accepted(page: str, command: str) -> None:
     arguments = [word for word in shlex.split(command.replace("...", "")) if word not in ("|", "&&")]
     if "--help" not in arguments:
         cli._parser().parse_args(arguments)
+
+
+@pytest.mark.parametrize("page", [p.relative_to(ROOT).as_posix() for p in PAGES if p.suffix == ".md"])
+def test_links_between_pages_lead_somewhere(page: str) -> None:
+    targets = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text())
+    missing = [target for target in targets if not ((ROOT / page).parent / target).exists()]
+    assert missing == []

@@ -56,7 +56,7 @@ def find(axis: Axis) -> Axis:
     while root.link is not None:
         root = root.link
     while axis is not root:
-        axis.link, axis = root, axis.link  # type: ignore[assignment]
+        axis.link, axis = root, axis.link
     return root
 
 

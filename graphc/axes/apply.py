@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from graphc.axes.algebra import Axis, concat, find, leaves, prod
+from graphc.axes.algebra import Axis, concat, find, prod
 from graphc.axes.notation import Ellipsis_, Name, Number, Pattern, Product, Rule, Star, Sum, Term
 from graphc.axes.rules.registry import Line, NoRule
 from graphc.axes.size import Size, divide, product
+from graphc.axes.words import words
 
 if TYPE_CHECKING:
     from graphc.axes.trace import Trace
@@ -28,8 +29,13 @@ CARRIES = {
 }
 """Inputs that are cut along with an axis but whose zeros mean nothing (or do harm), by operator."""
 
+SPATIAL = words(
+    "Conv ConvTranspose FusedConv NhwcConv NhwcFusedConv ConvInteger QLinearConv DeformConv MaxPool "
+    "AveragePool LpPool GlobalAveragePool GlobalMaxPool GridSample"
+)
 WHY = {
     "": "{op} mixes, moves or looks up indices along this axis",
+    "spatial": "{op} mixes neighbouring positions along this kernel or spatial axis",
     "number": "{op} has an axis of fixed size here",
     "whole": "{op} needs this tensor whole",
 }
@@ -64,8 +70,7 @@ class Application:
         self._factor(pending)
         self._broadcast()
         for axis, operand, why in self.fixed:
-            reason = WHY[why].format(op=self.node.op_type)
-            self.trace.fix([axis], reason, self.node, operand)
+            self.trace.fix([axis], self._why(why), self.node, operand)
         for i, out in enumerate(self.node.outputs):
             if i < len(self.rule.outputs):
                 self._output(i, out, self.rule.outputs[i])
@@ -73,6 +78,11 @@ class Application:
                 raise NoRule(f"the rule of {self.node.op_type} has fewer outputs")
         self._summed()
         self._roots()
+
+    def _why(self, why: str) -> str:
+        if not why and self.node.op_type in SPATIAL:
+            why = "spatial"
+        return WHY[why].format(op=self.node.op_type)
 
     # Inputs
 
@@ -84,6 +94,8 @@ class Application:
         if pattern.whole:
             for axis in trace.axes_of(value) or ():
                 self.fixed.append((axis, value, "whole"))
+            return
+        if pattern.free:
             return
         if not pattern.terms:
             trace.whole.setdefault(value, self.node)
@@ -237,7 +249,7 @@ class Application:
         if pattern.whole:
             axes = self.trace.declared(out)
             self.trace.axes[out] = axes
-            self.trace.fix(axes or (), WHY["whole"].format(op=self.node.op_type), self.node, out)
+            self.trace.fix(axes or (), self._why("whole"), self.node, out)
             return
         made: list[Axis] = []
         for term in pattern.terms:
@@ -270,14 +282,14 @@ class Application:
                 axes = [Axis(self.trace.fresh(out.name or "") if h is None else h) for h in hints]
             self.stars[term.name] = axes
         if term.fixed:
-            self.trace.fix(axes, WHY[""].format(op=self.node.op_type), self.node, out)
+            self.trace.fix(axes, self._why(""), self.node, out)
         return axes
 
     def _build(self, term: Term, hint: int | None, out: ir.Value) -> Axis:
         if isinstance(term, Number):
             axis = Axis(term.size)
             if term.size != 1:
-                self.trace.fix([axis], WHY["number"].format(op=self.node.op_type), self.node, out)
+                self.trace.fix([axis], self._why("number"), self.node, out)
             return axis
         if isinstance(term, Product):
             return prod([self._build(part, None, out) for part in term.parts])
@@ -295,7 +307,7 @@ class Application:
         if term.pick:
             known = self._picked(known, self.line.picks[term.pick].tolist(), out)
         if term.fixed:
-            self.trace.fix([known], WHY[""].format(op=self.node.op_type), self.node, out)
+            self.trace.fix([known], self._why(""), self.node, out)
         return known
 
     def _picked(self, axis: Axis, indices: list[int], out: ir.Value) -> Axis:

@@ -7,7 +7,8 @@ Constants are sliced lazily, one at a time, when they are next read. Sizes that 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from graphc.axes.apply import Application
 from graphc.axes.groups import NORMALISERS, Group, Groups
 from graphc.axes.operands import Operands
 from graphc.axes.selection import Masks, Selection, problems
-from graphc.axes.size import Size
+from graphc.axes.size import Size, product
 from graphc.axes.trace import Trace
+from graphc.axes.words import words
 from graphc.contract import PassResult
 from graphc.errors import BadInput
 
@@ -52,9 +54,7 @@ COUNTS: Mapping[str, Mapping[str, str]] = {
 }
 """Attributes that count units, by operator: the product of the sizes of names in its rule."""
 
-SCALED = frozenset(
-    "Attention MultiHeadAttention GroupQueryAttention DecoderMaskedMultiHeadAttention".split()
-)
+SCALED = words("Attention MultiHeadAttention GroupQueryAttention DecoderMaskedMultiHeadAttention")
 """Operators whose ``scale`` is 1/sqrt(head size) unless it is given."""
 
 
@@ -141,10 +141,17 @@ def zero(model: ir.Model, groups: Groups, keep: Masks) -> PassResult:
         axes = trace.axes[value] or ()
         old = edit.tensor(value)
         if old is not None:
-            write(value, _lazy(old, tuple(old.shape.numpy()), lambda a, x=axes, t=trees: selection.dead(x, a, t)))
+            write(
+                value,
+                _lazy(old, tuple(old.shape.numpy()), partial(_dead, selection, axes, trees)),
+            )
     for group in chosen:
         result.change(f"{group.kind} units zeroed", group.size - _kept(keep[group.name]))
     return result
+
+
+def _dead(selection: Selection, axes: Sequence[Axis], only: Sequence[Axis], array: Array) -> Array:
+    return selection.dead(axes, array, only)
 
 
 def _kept(mask: Array) -> int:
@@ -163,12 +170,13 @@ def _bar(trace: Trace, selection: Selection, leaf: Axis) -> None:
         axes = trace.axes[operand] or ()
         at = next(i for i, axis in enumerate(axes) if any(x is leaf for x in leaves(axis)))
         mask = np.where(selection.mask(axes[at]), 0.0, -math.inf)
-        dtype = operand.dtype.numpy() if operand.dtype is not None else np.float32
         shape = [-1 if i == at else 1 for i in range(at, len(axes))]
-        bias = edit.initializer(trace.graph, mask.reshape(shape).astype(dtype), names.fresh(f"{operand.name}.barred"))
+        bar = mask.reshape(shape).astype(np.float32)
+        bias, casts = typed(trace.graph, names, bar, operand, f"{operand.name}.barred")
         out = ir.Value(name=names.fresh(f"{operand.name}.masked"), shape=operand.shape, type=operand.type)
         assert node.graph is not None
-        node.graph.insert_before(node, ir.Node("", "Add", [operand, bias], outputs=[out], name=out.name))
+        add = ir.Node("", "Add", [operand, bias], outputs=[out], name=out.name)
+        node.graph.insert_before(node, [*casts, add])
         for i, value in enumerate(node.inputs):
             if value is operand:
                 node.replace_input_with(i, out)
@@ -198,7 +206,18 @@ def write(value: ir.Value, tensor: ir.TensorProtocol) -> None:
         assert node is not None
         node.attributes.clear()
         node.attributes["value"] = ir.AttrTensor("value", tensor)
-    value.shape = ir.Shape(tuple(tensor.shape))
+    value.shape = ir.Shape(tensor.shape.numpy())
+
+
+def typed(
+    graph: ir.Graph, names: edit.Names, array: Array, like: ir.Value, hint: str
+) -> tuple[ir.Value, list[ir.Node]]:
+    """A constant in the type of another value; the node that casts it where that type is not declared."""
+    if like.dtype is not None:
+        return edit.initializer(graph, array.astype(like.dtype.numpy()), names.fresh(hint)), []
+    held = edit.initializer(graph, array, names.fresh(hint))
+    out = ir.Value(name=names.fresh(f"{hint}.cast"))
+    return out, [ir.Node("", "CastLike", [held, like], outputs=[out], name=out.name)]
 
 
 class _Surgery:
@@ -218,7 +237,7 @@ class _Surgery:
             if old is None or not any(self.selection.touches(axis) for axis in axes):
                 continue
             shape = tuple(int(self.selection.size(axis)) for axis in axes)  # type: ignore[arg-type]
-            write(value, _lazy(old, shape, lambda a, x=axes: self.selection.take(x, a)))
+            write(value, _lazy(old, shape, partial(self.selection.take, axes)))
             count += 1
         return count
 
@@ -268,8 +287,9 @@ class _Surgery:
                 nodes.setdefault(fact.source, []).append(fact.axis)
         for node, axes in nodes.items():
             kind = NORMALISERS.get(node.op_type)
-            old = math.prod(int(find(axis).size) for axis in axes)  # type: ignore[arg-type]
-            new = math.prod(int(self.selection.size(axis)) for axis in axes)  # type: ignore[arg-type]
+            old = product(find(axis).size for axis in axes)
+            new = product(self.selection.size(axis) for axis in axes)
+            assert isinstance(old, int) and isinstance(new, int), "dynamic axes are never cut"
             if kind == "mean":
                 self._scaled_output(node, new / old)
             elif kind == "rms":
@@ -278,10 +298,9 @@ class _Surgery:
     def _scaled_output(self, node: ir.Node, factor: float) -> None:
         """``mean over the old count = mean * new / old``."""
         out = node.outputs[0]
-        dtype = out.dtype or node.inputs[0].dtype  # type: ignore[union-attr]
-        array = np.array(factor, dtype=dtype.numpy() if dtype is not None else np.float32)
-        held = edit.initializer(self.trace.graph, array, self.names.fresh(f"{out.name}.count"))
+        assert node.graph is not None
         scaled = ir.Value(name=self.names.fresh(f"{out.name}.mean"), shape=out.shape, type=out.type)
+        held, casts = typed(self.trace.graph, self.names, np.array(factor, np.float32), out, f"{out.name}.count")
         mul = ir.Node("", "Mul", [out, held], outputs=[scaled], name=scaled.name)
         if out.is_graph_output():
             name = out.name
@@ -290,11 +309,12 @@ class _Surgery:
         else:
             out.replace_all_uses_with(scaled)
         mul.replace_input_with(0, out)
-        assert node.graph is not None
-        node.graph.insert_after(node, mul)
+        for cast in casts:
+            cast.replace_input_with(1, out)
+        node.graph.insert_after(node, [*casts, mul])
 
     def _rms(self, node: ir.Node, ratio: float) -> None:
-        """``x / sqrt(S / old + eps) * g = x / sqrt(S / new + eps / ratio) * g / sqrt(ratio)``, ``ratio = new / old``."""
+        """``x / sqrt(S/old + eps) * g = x / sqrt(S/new + eps/ratio) * g / sqrt(ratio)`` with ``ratio = new/old``."""
         at = 2 if node.op_type.startswith("Skip") else 1
         epsilon = float(edit.attribute(node, "epsilon", 1e-5))
         node.attributes["epsilon"] = ir.AttrFloat32("epsilon", epsilon / ratio)
@@ -310,11 +330,10 @@ class _Surgery:
             else:
                 node.replace_input_with(at, edit.initializer(self.trace.graph, changed, name))
             return
-        dtype = gamma.dtype.numpy() if gamma.dtype is not None else np.float32
-        held = edit.initializer(self.trace.graph, np.array(factor, dtype=dtype), self.names.fresh(f"{name}.factor"))
+        held, casts = typed(self.trace.graph, self.names, np.array(factor, np.float32), gamma, f"{name}.factor")
         out = ir.Value(name=name, type=gamma.type)
         assert node.graph is not None
-        node.graph.insert_before(node, ir.Node("", "Mul", [gamma, held], outputs=[out], name=name))
+        node.graph.insert_before(node, [*casts, ir.Node("", "Mul", [gamma, held], outputs=[out], name=name)])
         node.replace_input_with(at, out)
 
     def shapes(self) -> None:

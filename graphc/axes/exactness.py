@@ -12,31 +12,30 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from graphc.axes.algebra import Axis, leaves
+from graphc.axes.words import words
 
 if TYPE_CHECKING:
     from graphc.axes.trace import Trace
 
-FIRST = frozenset(
-    "Abs Asin Asinh Atan Celu Ceil Elu Erf Floor Gelu HardSwish Identity LeakyRelu Mish Neg Relu Round Selu Shrink "
-    "Sign Sin Sinh Softsign Sqrt Swish Tan Tanh ThresholdedRelu Cast CastLike Dropout PRelu Div Pow QuickGelu "
-    "QuantizeLinear DequantizeLinear Transpose Reshape Flatten Squeeze Unsqueeze Expand Tile Slice Split Pad Gather "
-    "GatherND GatherElements DepthToSpace SpaceToDepth Resize Upsample MaxPool AveragePool LpPool "
-    "GlobalAveragePool GlobalMaxPool GlobalLpPool ReduceSum ReduceMean ReduceMax ReduceMin ReduceL1 ReduceL2 "
-    "ReduceSumSquare ReduceProd Trilu CumSum RMSNormalization SimplifiedLayerNormalization "
-    "RotaryEmbedding GridSample LpNormalization Softmax BiasSplitGelu NhwcMaxPool".split()
+FIRST = words(
+    "Abs Asin Asinh Atan Celu Ceil Elu Erf Floor Gelu HardSwish Identity LeakyRelu Mish Neg Relu Round Selu "
+    "Shrink Sign Sin Sinh Softsign Sqrt Swish Tan Tanh ThresholdedRelu Cast CastLike Dropout PRelu Div Pow "
+    "QuickGelu QuantizeLinear DequantizeLinear Transpose Reshape Flatten Squeeze Unsqueeze Expand Tile Slice "
+    "Split Pad Gather GatherND GatherElements DepthToSpace SpaceToDepth Resize Upsample MaxPool AveragePool "
+    "LpPool GlobalAveragePool GlobalMaxPool GlobalLpPool ReduceSum ReduceMean ReduceMax ReduceMin ReduceL1 "
+    "ReduceL2 ReduceSumSquare ReduceProd Trilu CumSum RMSNormalization SimplifiedLayerNormalization "
+    "RotaryEmbedding GridSample LpNormalization Softmax BiasSplitGelu NhwcMaxPool"
 )
 """Operators whose result is zero where their first input is. (A softmax is zero where -inf bars a unit.)"""
-FACTORS = frozenset("Mul And MatMul Einsum MatMulInteger MatMulNBits FusedMatMul BitwiseAnd".split())
+FACTORS = words("Mul And MatMul Einsum MatMulInteger MatMulNBits FusedMatMul BitwiseAnd")
 """Operators whose result is zero where one input is."""
-TERMS = frozenset("Add Sub Sum Max Min Mean Or BiasGelu FastGelu BiasAdd Where".split())
+TERMS = words("Add Sub Sum Max Min Mean Or BiasGelu FastGelu BiasAdd Where")
 """Operators whose result is zero where all inputs are."""
-AFFINE = frozenset("Conv ConvTranspose FusedConv Gemm FusedGemm NhwcConv DeformConv".split())
+AFFINE = words("Conv ConvTranspose FusedConv Gemm FusedGemm NhwcConv DeformConv")
 """Operators whose result is zero where one of the first two inputs and all later ones are."""
-PARAMETERS = frozenset(
-    "BatchNormalization InstanceNormalization GroupNormalization GroupNorm LayerNormalization".split()
-)
+PARAMETERS = words("BatchNormalization InstanceNormalization GroupNormalization GroupNorm LayerNormalization")
 """Operators whose result is zero where the parameters after the first input are."""
-STATES = frozenset("LSTM GRU RNN".split())
+STATES = words("LSTM GRU RNN")
 """Operators whose result is zero along hidden units whose weights are."""
 VALUES = {"Attention": 2, "MultiHeadAttention": 2, "GroupQueryAttention": 2}
 """Operators whose first result is zero where this input is."""

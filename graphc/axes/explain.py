@@ -29,9 +29,9 @@ def explain(groups: Groups, name: str) -> str:
             if fact.what == "fixed":
                 where = f" of '{fact.operand.name}'" if fact.operand is not None else ""
                 lines.append(f"  keeps an axis of size {fact.axis.size}{where} whole: {fact.reason}")
-        for value in (*node.inputs, *node.outputs):
-            if value in constants.values():
-                lines += [_place_line(g, p.axis, p.role) for g, p in groups.of(value)]
+        for read in (*node.inputs, *node.outputs):
+            if read is not None and read in groups.trace.order:
+                lines += [_place_line(g, p.axis, p.role) for g, p in groups.of(read)]
         return "\n".join([f"{name} ({node.op_type}):", *dict.fromkeys(lines or ["  keeps nothing whole"])])
     known = [*(g.name for g in groups), *constants, *nodes]
     raise BadInput(f"nothing in the model is called '{name}'", hint=nearest(name, known))

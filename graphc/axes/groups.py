@@ -19,8 +19,7 @@ from graphc import edit
 from graphc.axes.algebra import Axis, Kind, digits, find, leaves, siblings, terms
 from graphc.axes.exactness import zeros
 from graphc.axes.kinds import Signals
-from graphc.axes.trace import Fact, Trace, node_name
-from graphc.errors import BadInput, nearest
+from graphc.axes.trace import INTEGERS, Fact, Trace, node_name
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -227,7 +226,7 @@ class Groups:
         Raises:
             BadInput: Nothing in the model has this name.
         """
-        from graphc.axes.explain import explain  # noqa: PLC0415
+        from graphc.axes.explain import explain
 
         return explain(self, name)
 
@@ -409,11 +408,11 @@ class _Builder:
         return f"{first.value.name}:{first.axis}{part}"
 
     def _ragged(self, free: list[Axis]) -> dict[Axis, tuple[Axis, ...]]:
-        """For each leaf the leaves that are beside it wherever it occurs: its indices may differ from one to the next."""
+        """For each leaf the leaves beside it wherever it occurs: its indices may differ from block to block."""
         wanted = {leaf for leaf in free if leaf not in self.members}
-        mixed = {
-            leaf for fact in self.trace.facts if fact.what in "~^" for leaf in leaves(fact.axis)
-        } | {find(axis) for axis in self.key}
+        mixed = {leaf for fact in self.trace.facts if fact.what in "~^" for leaf in leaves(fact.axis)} | {
+            find(axis) for axis in self.key
+        }
         beside: dict[Axis, set[Axis]] = {}
         for axes in self.trace.axes.values():
             if not axes:
@@ -532,6 +531,9 @@ class _Builder:
 
     def _fixed(self, constants: list[ir.Value]) -> None:
         for value in constants:
+            tensor = edit.tensor(value)
+            if tensor is None or tensor.dtype in INTEGERS:
+                continue
             for i, tree in enumerate(self.trace.axes[value] or ()):
                 seen: set[Axis] = set()
                 single = [leaf for leaf in leaves(tree) if leaf.size == 1 and self._key(leaf) is leaf]

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from graphc.axes.algebra import Axis, leaves, siblings as siblings_of
+from graphc.axes.algebra import Axis, leaves
+from graphc.axes.algebra import siblings as siblings_of
 from graphc.axes.notation import Ellipsis_
+from graphc.axes.words import words
 
 if TYPE_CHECKING:
     from graphc.axes.apply import Application
@@ -17,8 +19,14 @@ if TYPE_CHECKING:
 
 TABLE: tuple[tuple[str, str], ...] = (
     ("expert", "a top-k chooses along it, or chosen indices look it up"),
-    ("head", "a batch axis of a product of two activations (or a head axis of a fused attention), outside of digits"),
-    ("head_dim", "a digit inside a head, that two activations are multiplied along or that such a product carries"),
+    (
+        "head",
+        "a batch axis of a product of two activations (or a head axis of a fused attention), outside of digits",
+    ),
+    (
+        "head_dim",
+        "a digit inside a head, that two activations are multiplied along or that such a product carries",
+    ),
     ("width", "a layer or RMS normalisation averages along it, or an embedding table produces it"),
     ("channel", "a channel of a convolution"),
     ("width", "two activations are added along it (a residual stream without convolutions)"),
@@ -27,13 +35,11 @@ TABLE: tuple[tuple[str, str], ...] = (
 )
 """Kinds in the order in which they are tried, each with what defines it."""
 
-CONVOLUTIONS = frozenset(
-    "Conv ConvTranspose ConvInteger QLinearConv DeformConv FusedConv NhwcConv NhwcFusedConv".split()
-)
-FUSED = frozenset("Attention MultiHeadAttention GroupQueryAttention DecoderMaskedMultiHeadAttention".split())
-LINEAR = frozenset(
+CONVOLUTIONS = words("Conv ConvTranspose ConvInteger QLinearConv DeformConv FusedConv NhwcConv NhwcFusedConv")
+FUSED = words("Attention MultiHeadAttention GroupQueryAttention DecoderMaskedMultiHeadAttention")
+LINEAR = words(
     "MatMul Gemm Einsum FusedMatMul Conv Transpose Reshape Flatten Squeeze Unsqueeze Identity Cast Dropout "
-    "MatMulNBits MatMulInteger DequantizeLinear QuantizeLinear Split Slice".split()
+    "MatMulNBits MatMulInteger DequantizeLinear QuantizeLinear Split Slice"
 )
 STREAM_NORMS = frozenset({"mean", "rms", "layer"})
 

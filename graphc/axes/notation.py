@@ -21,9 +21,10 @@ outputs are optional. A pattern lists the axes of a tensor:
     ...      any leading axes, aligned from the right and broadcast as numpy does
     *x       any number of axes, the same number and the same axes wherever ``*x`` stands
     !        all axes of this tensor are kept whole
+    .        only the type or the shape of this tensor matters
 
-An empty pattern is a tensor that constrains nothing (a scalar, a shape, a length). The head may bind names to
-integer attributes, with a default after the colon.
+An empty pattern is a tensor without axes of its own (a scalar, a shape, a length); if it has any, they are kept
+whole. The head may bind names to integer attributes, with a default after the colon.
 """
 
 from __future__ import annotations
@@ -110,15 +111,17 @@ class Pattern:
     Attributes:
         terms: In order; empty for a tensor that constrains nothing.
         whole: All axes are kept whole, whatever they are.
+        free: The axes do not matter.
         indexes: The name of the axis that the tensor's values are indices of, or "".
     """
 
     terms: tuple[Term, ...] = ()
     whole: bool = False
     indexes: str = ""
+    free: bool = False
 
     def __str__(self) -> str:
-        text = "!" if self.whole else " ".join(map(str, self.terms))
+        text = "!" if self.whole else "." if self.free else " ".join(map(str, self.terms))
         return f"{self.indexes}> {text}".rstrip() if self.indexes else text
 
 
@@ -149,7 +152,7 @@ class RuleError(ValueError):
     """A line that is not in the language."""
 
 
-_TOKEN = re.compile(r"\s*(\.\.\.|[A-Za-z_]\w*|\d+|[()\[\]*~^@+>!])")
+_TOKEN = re.compile(r"\s*(\.\.\.|\.|[A-Za-z_]\w*|\d+|[()\[\]*~^@+>!])")
 _HEAD = re.compile(r"^([A-Za-z][\w.]*)(?:\(([^)]*)\))?\s\s+(?=\S)")
 
 
@@ -161,7 +164,8 @@ def parse(line: str) -> Rule:
         RuleError: The line is not in the language.
     """
     text = line.strip()
-    operator, attributes = "", ()
+    operator = ""
+    attributes: tuple[tuple[str, str, int | None], ...] = ()
     if head := _HEAD.match(text + " "):
         operator = head[1]
         attributes = tuple(_binding(part, line) for part in (head[2] or "").split(",") if part.strip())
@@ -203,6 +207,8 @@ def pattern(text: str) -> Pattern:
         indexes, tokens = tokens[0], tokens[2:]
     if tokens == ["!"]:
         return Pattern(whole=True, indexes=indexes)
+    if tokens == ["."]:
+        return Pattern(free=True)
     found: list[Term] = []
     tokens.reverse()
     while tokens:

@@ -87,15 +87,7 @@ class Operands:
         if node.op_type == "Constant":
             return True
         if node.op_type in ("Shape", "Size"):
-            sizes = self._sizes(node.inputs[0])
-            if node.op_type == "Size":
-                held = np.empty((), dtype=object)
-                held[()] = product(sizes)
-            else:
-                chosen = sizes[edit.attribute(node, "start", 0) : edit.attribute(node, "end")]
-                held = np.empty(len(chosen), dtype=object)
-                held[:] = chosen
-            self.now[node.outputs[0]] = held
+            self.now[node.outputs[0]] = symbolic.shape(node, self._sizes(node.inputs[0]))
             return True
         if not any(v in self.now for v in node.inputs if v is not None):
             return True
@@ -129,14 +121,21 @@ class Operands:
 
     def _handle(self, node: ir.Node) -> Sequence[int]:
         """Plan what a node needs; returns the inputs that this covers."""
-        if node.domain not in ("", "ai.onnx") or node not in self.trace.bound:
+        if node.domain not in ("", "ai.onnx"):
+            return ()
+        if node.op_type == "SplitToSequence":
+            return self._split_to_sequence(node)
+        if node not in self.trace.bound:
             return ()
         handler: Callable[[ir.Node], Sequence[int]] | None = getattr(self, f"_{node.op_type.lower()}", None)
         return () if handler is None else handler(node)
 
     def _changed(self, *values: ir.Value | None) -> bool:
         return any(
-            self.selection.touches(axis) for value in values if value is not None for axis in self.trace.axes.get(value) or ()
+            self.selection.touches(axis)
+            for value in values
+            if value is not None
+            for axis in self.trace.axes.get(value) or ()
         )
 
     def _reshape(self, node: ir.Node) -> Sequence[int]:
@@ -194,7 +193,9 @@ class Operands:
             dynamic = []
         if any(what == "hole" for what, _ in parts):
             raise BadInput(
-                "the shape after the cut cannot be written", where=node.name or node.op_type, hint="exclude this group"
+                "the shape after the cut cannot be written",
+                where=node.name or node.op_type,
+                hint="exclude this group",
             )
         if not dynamic:
             self.plan.append((node, at, [held for _, held in parts]))
@@ -226,10 +227,11 @@ class Operands:
             pieces.append(piece)
         return self._insert(node, "Concat", pieces, [ir.AttrInt64("axis", 0)])
 
-    def _insert(
-        self, before: ir.Node, op: str, inputs: list[ir.Value], attributes: Sequence[ir.Attr] = ()
-    ) -> ir.Value:
-        out = ir.Value(name=self.names.fresh(f"{before.outputs[0].name}.{op.lower()}"), type=ir.TensorType(ir.DataType.INT64))
+    def _insert(self, before: ir.Node, op: str, inputs: list[ir.Value], attributes: Sequence[ir.Attr] = ()) -> ir.Value:
+        out = ir.Value(
+            name=self.names.fresh(f"{before.outputs[0].name}.{op.lower()}"),
+            type=ir.TensorType(ir.DataType.INT64),
+        )
         node = ir.Node("", op, inputs, attributes, outputs=[out], name=out.name)
         assert before.graph is not None
         before.graph.insert_before(before, node)
@@ -242,7 +244,8 @@ class Operands:
             return (1,)
         current = symbolic.sizes(held)
         wanted = wanted[len(wanted) - len(current) :]
-        before = [1] * max(0, len(current) - len(before)) + before
+        padding: list[Size] = [1] * max(0, len(current) - len(before))
+        before = padding + before
         before = before[len(before) - len(current) :]
         resolved = [b if c == 1 else c for c, b in zip(current, before, strict=True)]
         self._replace_shape(node, 1, current, resolved, wanted, infer=False)
@@ -290,6 +293,14 @@ class Operands:
             return self._constant(node, 1, np.array(lengths, dtype=np.int64))
 
         return make
+
+    def _split_to_sequence(self, node: ir.Node) -> Sequence[int]:
+        parts = self.trace.sequences.get(node.outputs[0])
+        if parts is None or len(node.inputs) < 2 or not any(self.selection.touches(a) for p in parts for a in p):
+            return (1,)
+        at = edit.attribute(node, "axis", 0) % len(parts[0])
+        self.plan.append((node, 1, [self._size(part[at]) for part in parts]))
+        return (1,)
 
     def _pad(self, node: ir.Node) -> Sequence[int]:
         held = self._current(node.inputs[1]) if len(node.inputs) > 1 else None

@@ -103,9 +103,7 @@ class Selection:
 
     def touches(self, axis: Axis) -> bool:
         """Whether an axis loses indices."""
-        return any(
-            leaf in self.flat or leaf in self.ragged or not self.units.get(leaf, True) for leaf in leaves(axis)
-        )
+        return any(leaf in self.flat or leaf in self.ragged or not self.units.get(leaf, True) for leaf in leaves(axis))
 
     def size(self, axis: Axis) -> Size:
         """How many indices of an axis survive."""
@@ -215,7 +213,7 @@ class Selection:
             assert isinstance(node.size, int)
             if node in self.ragged:
                 outer, array = self.ragged[node]
-                mask = array[tuple(assignment[o] for o in outer)]
+                mask: Array = array[tuple(assignment[o] for o in outer)]
             else:
                 mask = self.flat.get(node, np.ones(node.size, dtype=bool))
             if node in assignment:

@@ -7,7 +7,6 @@ one; everything else becomes a new symbol named after its expression, so that eq
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Union
 
 Monomial = tuple[str, ...]
 
@@ -77,7 +76,7 @@ class Sym:
         return symbol(f"({other}%{self})")
 
 
-Size = Union[int, Sym]
+Size = int | Sym
 
 
 def symbol(name: str) -> Sym:

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphc import edit
-from graphc.axes.size import Size, Sym, symbol
+from graphc.axes.size import Size, Sym, product, symbol
 
 Known = np.ndarray[Any, np.dtype[Any]]
 
@@ -33,6 +33,18 @@ def known(array: Any) -> Known:
 def sizes(array: Known) -> list[Size]:
     """The elements as a flat list; only for integer contents."""
     return list(array.reshape(-1).tolist())
+
+
+def shape(node: ir.Node, lengths: Sequence[Size]) -> Known:
+    """What a Shape or a Size node gives for a tensor of these lengths."""
+    if node.op_type == "Size":
+        total = np.empty((), dtype=object)
+        total[()] = product(lengths)
+        return total
+    chosen = list(lengths)[edit.attribute(node, "start", 0) : edit.attribute(node, "end")]
+    held = np.empty(len(chosen), dtype=object)
+    held[:] = chosen
+    return held
 
 
 def evaluate(node: ir.Node, inputs: Sequence[Known | None]) -> list[Known] | None:
@@ -226,6 +238,10 @@ def _split(node: ir.Node, inputs: list[Any]) -> list[Any] | None:
     return list(np.split(inputs[0], np.cumsum(lengths)[:-1], axis=axis))
 
 
+def _transpose(node: ir.Node, inputs: list[Any]) -> Any:
+    return np.transpose(inputs[0], edit.attribute(node, "perm"))
+
+
 def _identity(node: ir.Node, inputs: list[Any]) -> Any:
     return inputs[0]
 
@@ -266,5 +282,9 @@ _RULES: dict[str, Callable[[ir.Node, list[Any]], Any]] = {
     "ReduceProd": _reduce(operator.mul, 1),
     "ReduceSum": _reduce(operator.add, 0),
     "Split": _split,
+    "Transpose": _transpose,
     "Identity": _identity,
 }
+
+ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div", "Mod", "Max", "Min", "Floor", "Ceil", "Round", "Cast", "CastLike"})
+"""Operators that compute with numbers; the others only move them."""

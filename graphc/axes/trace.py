@@ -5,23 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
 from graphc import edit
-from graphc.axes import symbolic
+from graphc.axes import sequences, symbolic
 from graphc.axes.algebra import Axis, Unifier
 from graphc.axes.apply import Application
 from graphc.axes.rules import NoRule, View, line_for, operator_name
-from graphc.axes.size import Size, product, symbol
+from graphc.axes.size import Size, symbol
+from graphc.axes.words import words
 
 Axes = tuple[Axis, ...]
 
-PASS_INDICES = frozenset(
-    "Cast CastLike Identity Reshape Squeeze Unsqueeze Transpose Flatten Slice Split Expand Tile Concat "
-    "Gather GatherElements Dropout".split()
+PASS_INDICES = words(
+    "Cast CastLike Identity Reshape Squeeze Unsqueeze Transpose Flatten Slice Split Expand Tile Concat Gather "
+    "GatherElements Dropout"
 )
 """Operators that hand indices on unchanged, in another shape."""
+
+
+INTEGERS = frozenset({ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL})
+"""Types of shapes, indices and conditions; other constants are data."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Trace:
         roles: ``(constant, axis, role)``: how a constant is used along an axis.
         order: Constants in the order of their first use.
         bound: By node: how its rule was applied; nodes that were not understood are absent.
+        sequences: By value: the axes of each tensor of a sequence.
         whole: Tensors that some node needs as they are (shapes, lengths, scalars), and that node.
         replicas: Axes that were made by repeating (Expand, Tile, Pad, ConstantOfShape).
     """
@@ -83,6 +88,7 @@ class Trace:
         self.unifier = Unifier()
         self._versions = {**model.graph.opset_imports}
         self.bound: dict[ir.Node, Application] = {}
+        self.sequences: dict[ir.Value, list[Axes]] = {}
         self.whole: dict[ir.Value, ir.Node] = {}
         self.replicas: list[tuple[Axis, ir.Node]] = []
         self._consumed: list[ir.Value] = []
@@ -193,15 +199,7 @@ class Trace:
             axes = None if source is None else self.axes_of(source)
             if axes is not None:
                 sizes = [axis.size for axis in axes]
-                if node.op_type == "Shape":
-                    stop = edit.attribute(node, "end")
-                    chosen = sizes[edit.attribute(node, "start", 0) : stop]
-                    held = np.empty(len(chosen), dtype=object)
-                    held[:] = chosen
-                else:
-                    held = np.empty((), dtype=object)
-                    held[()] = product(sizes)
-                self._set_known(node, [held])
+                self._set_known(node, [symbolic.shape(node, sizes)])
             else:
                 self.axes[node.outputs[0]] = self.declared(node.outputs[0])
             return True
@@ -211,14 +209,16 @@ class Trace:
             if value is None:
                 inputs.append(None)
                 continue
-            held = self.known.get(value)
-            if held is None and (held := self.value_of(value)) is None:
+            found = self.known.get(value)
+            if found is None and (found := self.value_of(value)) is None:
                 return False
             if value not in self._constants:
                 derived = True
-            elif self._constants[value].is_floating_point():
+            elif self._constants[value] not in INTEGERS:
                 integral = False
-            inputs.append(held)
+                if node.op_type not in symbolic.ARITHMETIC:
+                    return False
+            inputs.append(found)
         if not (derived or integral):
             return False
         results = symbolic.evaluate(node, inputs)
@@ -239,6 +239,8 @@ class Trace:
 
     def _keep_whole(self, node: ir.Node, reason: str) -> None:
         for value in node.inputs:
+            for axes in self.sequences.get(value, ()) if value is not None else ():
+                self.fix(axes, reason, node, value)
             if value is not None:
                 self.fix(self.axes_of(value) or (), reason, node, value)
         for graph in edit.subgraphs(node):
@@ -253,9 +255,10 @@ class Trace:
         if next(edit.subgraphs(node), None) is not None:
             raise NoRule(f"bodies of {node.op_type} are not analysed")
         domain = "" if node.domain == "ai.onnx" else node.domain
-        view = View(
-            node, self._sizes, self.value_of, self.indexes.get, node.version or self._versions.get(domain, 1)
-        )
+        if domain == "" and node.op_type in sequences.OPERATORS:
+            sequences.follow(self, node)
+            return
+        view = View(node, self._sizes, self.value_of, self.indexes.get, node.version or self._versions.get(domain, 1))
         found = line_for(view)
         if found is None:
             raise NoRule(f"operator {operator_name(node)} has no rule")

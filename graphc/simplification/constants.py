@@ -135,9 +135,7 @@ class Constants:
         if node.op_type in _RELAYOUT and size > _FEW_BYTES:
             raise fold.CannotFold("another form of a weight that others read would store it twice")
         if self._grown + growth > self._limit:
-            raise fold.CannotFold(
-                f"folding would grow the file by {growth / 1e6:.1f} MB (limit for all {self._limit / 1e6:.1f} MB)"
-            )
+            raise fold.CannotFold(f"folding would grow the file by more than the {self._limit / 1e6:g} MB allowed")
 
     def _lazily(self, node: ir.Node, value: ir.Value, tensors: list[ir.TensorProtocol | None]) -> None:
         assert self._facts is not None
@@ -227,7 +225,7 @@ def share(model: ir.Model) -> int:
     whole, one at a time, and without being copied.
     """
     count = 0
-    for graph in (model.graph, *model.graph.subgraphs()):
+    for graph in (model.graph, *edit.bodies(model.graph)):
         alike: dict[Hashable, list[ir.Value]] = {}
         for value in graph.initializers.values():
             held = value.const_value

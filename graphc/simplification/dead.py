@@ -22,7 +22,7 @@ def remove(model: ir.Model, result: PassResult) -> bool:
     }
     for root in (model.graph, *(function.graph for function in model.functions.values())):
         _nodes(root, counts)
-    for graph in (model.graph, *model.graph.subgraphs()):
+    for graph in (model.graph, *edit.bodies(model.graph)):
         for name, value in list(graph.initializers.items()):
             if bodies.unread(value) and not value.is_graph_input():
                 del graph.initializers[name]

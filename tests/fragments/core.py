@@ -341,7 +341,7 @@ def _fill(key: str, shape: tuple[int, ...], t: Tensor) -> Array:
     return (rng.normal(size=shape) * 0.5).astype(dtype)
 
 
-FREE_SIZES = {"N": 2, "S": 5, "T": 4, "P": 3, "H": 8, "W": 8}
+FREE_SIZES = {"N": 2, "S": 5, "T": 4, "P": 3, "H": 8, "W": 8, "batch": 2, "seq": 7}
 """What the symbolic dimensions of inputs are when a fragment is run."""
 
 

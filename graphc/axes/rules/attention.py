@@ -75,7 +75,7 @@ def attention_ms(n: View) -> Line:
 
 @rule("com.microsoft.MultiHeadAttention", "com.microsoft.DecoderMaskedMultiHeadAttention")
 def multi_head_attention(n: View) -> Line:
-    """Separate queries, keys and values; or packed as ``[b, s, h, 3, d]``, or keys and values as ``[b, t, h, 2, d]``."""
+    """Separate queries, keys and values; or packed as ``[b, s, h, 3, d]``, or keys with values: ``[b, t, h, 2, d]``."""
     heads = int(n.attr("num_heads"))
     sizes: dict[str, Size | tuple[Size, ...]] = {"h": heads}
     key = value = ""

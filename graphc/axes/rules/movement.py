@@ -269,7 +269,9 @@ def split(n: View) -> Line:
     return Line(f"{' '.join(own)},  -> {', '.join(outs)}", dict(zip(parts, lengths, strict=True)))
 
 
-def slice_axis(name: str, size: Size, start: Any, end: Any, step: int) -> tuple[str, str, dict[str, Any], np.ndarray[Any, Any] | None]:
+def slice_axis(
+    name: str, size: Size, start: Any, end: Any, step: int
+) -> tuple[str, str, dict[str, Any], np.ndarray[Any, Any] | None]:
     """Patterns of one sliced axis before and after, the sizes of its parts, and picked positions if it needs them."""
     huge = 1 << 30
     if not isinstance(size, int) or isinstance(start, Sym) or isinstance(end, Sym) or start is None or end is None:
@@ -289,13 +291,13 @@ def slice_axis(name: str, size: Size, start: Any, end: Any, step: int) -> tuple[
     if step == 1:
         cuts = [positions.start, count, size - positions.stop]
         parts = [f"{name}{k}_" for k in range(3) if cuts[k]]
-        sizes = {p: c for p, c in zip(parts, [c for c in cuts if c], strict=True)}
+        sizes = dict(zip(parts, (c for c in cuts if c), strict=True))
         kept = f"{name}1_"
         return f"({' + '.join(parts)})", kept, sizes, None
     if step > 1 and size % step == 0 and positions.start < step and count == size // step:
         cuts = [positions.start, 1, step - positions.start - 1]
         parts = [f"{name}{k}_" for k in range(3) if cuts[k]]
-        sizes = {p: c for p, c in zip(parts, [c for c in cuts if c], strict=True)}
+        sizes = dict(zip(parts, (c for c in cuts if c), strict=True))
         inner = " + ".join(parts)
         return f"({name} ({inner}))", name, {name: count, **sizes}, None
     if count == size:
@@ -338,9 +340,7 @@ def slice_rule(n: View) -> Line:
     picks: dict[str, np.ndarray[Any, Any]] = {}
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
         name = names[axis % rank]
-        inputs[axis % rank], outputs[axis % rank], own, picked = slice_axis(
-            name, shape[axis % rank], start, end, step
-        )
+        inputs[axis % rank], outputs[axis % rank], own, picked = slice_axis(name, shape[axis % rank], start, end, step)
         sizes |= own
         if picked is not None:
             picks[f"{name}_"] = picked
@@ -479,4 +479,4 @@ def range_rule(n: View) -> Line:
 
 @rule("EyeLike")
 def eye_like(n: View) -> str:
-    return "! -> !"
+    return ". -> !"

@@ -23,7 +23,12 @@ def batch_normalization(n: View) -> str:
     return "n c *x, c, c, c, c -> n c *x" if n.rank() > 1 else "c, c, c, c, c -> c"
 
 
-@rule("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "com.microsoft.SimplifiedLayerNormalization")
+@rule(
+    "LayerNormalization",
+    "RMSNormalization",
+    "SimplifiedLayerNormalization",
+    "com.microsoft.SimplifiedLayerNormalization",
+)
 def layer_normalization(n: View) -> str:
     """Averages from ``axis`` on; scale and bias broadcast from the right."""
     rank, axis = n.rank(), n.axis(-1)

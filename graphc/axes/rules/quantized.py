@@ -24,8 +24,6 @@ def _scale(n: View, i: int, name: str) -> str:
     return name if n.has(i) and n.rank(i) == 1 and n.shape(i) != [1] else ""
 
 
-
-
 @rule("QuantizeLinear", "DequantizeLinear", "com.microsoft.QuantizeLinear", "com.microsoft.DequantizeLinear")
 def qdq(n: View) -> Line:
     """Per tensor, per index of an axis, or per block of an axis (blocks can only be cut whole)."""

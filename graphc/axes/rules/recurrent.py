@@ -19,7 +19,14 @@ def recurrent(n: View) -> Line:
     def rows(count: int) -> str:
         return f"({count} h)" if count > 1 else "h"
 
-    inputs = ["[s] b i", f"[d] {rows(gates)} i", f"[d] {rows(gates)} h", f"[d] {rows(2 * gates)}", "b", "[d] b h"]
+    inputs = [
+        "[s] b i",
+        f"[d] {rows(gates)} i",
+        f"[d] {rows(gates)} h",
+        f"[d] {rows(2 * gates)}",
+        "b",
+        "[d] b h",
+    ]
     outputs = ["[s] [d] b h", "[d] b h"]
     if kind == "LSTM":
         inputs += ["[d] b h", f"[d] {rows(3)}"]

@@ -114,11 +114,13 @@ def resize(n: View) -> Line:
     found: dict[str, Size | tuple[Size, ...]] = {}
     for k, axis in enumerate(axes):
         size: Size = shape[axis]
+        length: Size | None = None
         if factors:
             factor = factors[k]
             same_length = factor == 1
-            length = math.floor(size * factor) if isinstance(size, int) and isinstance(factor, float | int) else None
-            if length is None and isinstance(factor, float) and factor.is_integer():
+            if isinstance(size, int) and isinstance(factor, float | int):
+                length = math.floor(size * factor)
+            elif isinstance(factor, float) and factor.is_integer():
                 length = size * int(factor)
         elif target:
             same_length, length = target[k] == size, target[k]
@@ -159,5 +161,3 @@ def affine_grid(n: View) -> Line:
 @rule("MaxUnpool")
 def max_unpool(n: View) -> str:
     return "n c [*x], n c [*x],  -> n c [*y]"
-
-

@@ -1,12 +1,9 @@
-"""What is known of a model's values before it runs, index by index: this channel is zero, that one always 0.3.
+"""Facets: arrays that say of each index of a value which constant it holds, or NaN.
 
 A *facet* of a value is an array of the value's rank whose axes are full or 1: an element is the constant that
 the value holds at those indices whatever the input, or NaN where it depends on the input. An axis of length 1
 says the same about all its indices: a Conv with some zero filters and no bias has a facet ``(1, C, 1, 1)`` with
 zeros and NaNs. A value has a few facets; what any of them knows is true. ``-inf`` is a constant like any other.
-
-Zero times something unknown is taken to be zero: weights and activations are supposed to be finite.
-Rules by operator are in :mod:`graphc.known_rules`.
 """
 
 from __future__ import annotations
@@ -15,98 +12,21 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-import onnx_ir as ir
 
-from graphc import edit, symbolic
-from graphc.axes.trace import Trace
+from graphc import symbolic
 from graphc.edit import Array
-from graphc.shapes import Fact, Facts
-from graphc.symbolic import Dim, symbol
+from graphc.symbolic import Dim
 
 Facet = Array
 Facets = tuple[Facet, ...]
 Shape = tuple[Dim, ...]
 
-JOINT = 1 << 20
-"""Elements up to which a constant is one facet; of larger ones, each axis is looked at alone."""
+LARGEST = 1 << 22
+"""Elements of a facet, or of a sum of products of facets, beyond which nothing is claimed."""
 MOST = 3
 """Facets kept of a value."""
 
 NOTHING: Facets = ()
-
-
-class Knowledge:
-    """The facets of all values of a model's main graph.
-
-    Constants are read one at a time and not kept; a large one leaves a vector for each of its axes.
-
-    Args:
-        model: The model.
-        trace: The trace of its axes, for the shapes of what shape inference does not cover (fused operators).
-    """
-
-    def __init__(self, model: ir.Model, trace: Trace | None = None) -> None:
-        from graphc import known_rules
-
-        self.facts = Facts(model)
-        self._facets: dict[ir.Value, Facets] = {}
-        self.never: dict[ir.Value, Array] = {}
-        """By integer tensor: for each index along the axis that it selects from, whether it is never chosen."""
-        for node in model.graph:
-            self.facts.visit(node)
-            if trace is not None:
-                self._shapes_from(node, trace)
-            known_rules.exclude(node, self)
-            found = known_rules.facets(node, self)
-            for value, facets in zip(node.outputs, found, strict=False):
-                rank = self.facts(value).rank
-                if facets and rank is not None:
-                    self._facets[value] = tidy(f for f in facets if f.ndim == rank)
-
-    def _shapes_from(self, node: ir.Node, trace: Trace) -> None:
-        for value in node.outputs:
-            axes = trace.axes.get(value)
-            if axes is not None and self.facts(value).shape is None:
-                dims: list[Dim] = [a.size if isinstance(a.size, int) else symbol(f"_{a.size}") for a in axes]
-                dtype = self.facts(value).dtype or self.facts(node.inputs[0]).dtype
-                self.facts[value] = Fact(dtype, tuple(dims))
-
-    def __call__(self, value: ir.Value | None) -> Facets:
-        """What is known of a value; empty where it is nothing."""
-        if value is None:
-            return NOTHING
-        found = self._facets.get(value)
-        if found is None:
-            held = edit.tensor(value)
-            if held is None or not numeric(held.dtype):
-                return NOTHING
-            found = constant_facets(held)
-            if held.size > JOINT:
-                self._facets[value] = found
-        return found
-
-    def shape(self, value: ir.Value | None) -> Shape | None:
-        """The dims of a value, numbers or polynomials; None if not even the rank is known."""
-        return self.facts(value).shape
-
-
-def numeric(dtype: ir.DataType) -> bool:
-    """Whether the dtype is one whose elements convert to float64."""
-    return dtype.is_floating_point() or dtype.is_integer() or dtype == ir.DataType.BOOL
-
-
-def constant_facets(held: ir.TensorProtocol) -> Facets:
-    """The facets of a constant: itself, or for a large one a vector per axis."""
-    array = held.numpy()
-    if held.size <= JOINT:
-        return (np.asarray(array, dtype=np.float64),)
-    facets = []
-    for axis in range(array.ndim):
-        others = tuple(a for a in range(array.ndim) if a != axis)
-        facets.append(collapse(array, others))
-    if isinstance(held, ir.ExternalTensor):
-        held.release()
-    return tidy(facets)
 
 
 def collapse(facet: Facet, axes: Sequence[int]) -> Facet:
@@ -133,7 +53,7 @@ def tidy(facets: Iterable[Facet]) -> Facets:
 
 def _implies(a: Facet, b: Facet) -> bool:
     """Whether everything in ``b`` is in ``a``, whose axes are full wherever those of ``b`` are."""
-    if any(x != y and y != 1 for x, y in zip(a.shape, b.shape, strict=True)):
+    if any(y not in (x, 1) for x, y in zip(a.shape, b.shape, strict=True)):
         return False
     return bool((np.isnan(b) | (a == b)).all())
 
@@ -149,7 +69,7 @@ def elementwise(function: Callable[..., Array], operands: Sequence[Facets], rank
     results = []
     for choice in itertools.product(*choices):
         aligned = [align(f, rank) for f in choice]
-        if np.prod(np.broadcast_shapes(*(f.shape for f in aligned)), dtype=float) > 4 * JOINT:
+        if np.prod(np.broadcast_shapes(*(f.shape for f in aligned)), dtype=float) > LARGEST:
             continue
         with np.errstate(all="ignore"):
             results.append(np.asarray(function(*aligned), dtype=np.float64))
@@ -164,16 +84,17 @@ def times(a: Facet, b: Facet) -> Facet:
 def reshape(facet: Facet, old: Shape, new: Shape) -> Facet:
     """The facet of a reshaped value: exact for static axes; what is mixed with a dynamic axis is collapsed."""
     for before, after in _blocks(old, new):
-        static = all(isinstance(old[i], int) for i in before) and all(isinstance(new[j], int) for j in after)
-        if not static:
+        sizes = [old[i] for i in before], [new[j] for j in after]
+        if not all(isinstance(size, int) for part in sizes for size in part):
             facet = collapse(facet, before)
-    full: list[int] = []
-    target = [1] * len(new)
+    full, target = [1] * len(old), [1] * len(new)
     for before, after in _blocks(old, new):
-        spread = any(facet.shape[i] != 1 for i in before)
-        full += [int(old[i]) if spread else 1 for i in before]  # type: ignore[call-overload]
-        for j in after if spread else ():
-            target[j] = int(new[j])  # type: ignore[call-overload]
+        if any(facet.shape[i] != 1 for i in before):
+            for sizes, positions, result in ((old, before, full), (new, after, target)):
+                for position in positions:
+                    size = sizes[position]
+                    assert isinstance(size, int)
+                    result[position] = size
     return np.broadcast_to(facet, full).reshape(target)
 
 
@@ -221,7 +142,7 @@ def contract(a: Facets, b: Facets, spec: tuple[str, str, str], sizes: dict[str, 
                     uncounted = True
         x, y = (np.where(np.isinf(f), np.nan, f) for f in (x, y))
         x, y, shapes = _together(x, left, y, right)
-        if shapes > 16 * JOINT:
+        if shapes > 4 * LARGEST:
             continue
         unknown_x, unknown_y = np.isnan(x), np.isnan(y)
         equation = f"{left},{right}->{out}"

@@ -1,0 +1,127 @@
+"""Tries out what was emitted as its users will run it: a fresh session with default options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from graphc import measure
+from graphc.contract import Arrays, Runnable, no_progress
+from graphc.errors import BadInput, CheckFailed
+from graphc.gate import Gate
+from graphc.model import nbytes
+from graphc.views.units import seconds, size
+
+if TYPE_CHECKING:
+    from graphc.checking import Checker
+    from graphc.frontends import Source
+    from graphc.pipeline import Settings
+    from graphc.report import Report
+
+SLOWER = 1.05
+"""Latency ratio from which the report says that the output is slower, if the whole spread is above it."""
+
+
+def try_out(
+    report: Report,
+    emitted: Path,
+    source: Source,
+    settings: Settings,
+    samples: Sequence[Arrays],
+    checker: Callable[[], Checker],
+    progress: Callable[[str, int, int], None] = no_progress,
+) -> None:
+    """Load what was emitted, compare it, time it against the input, hold the gates; adds to the report.
+
+    Args:
+        report: Of the run so far; its ``output`` describes what was emitted.
+        emitted: The ``.onnx`` file or the artifact folder.
+        source: The model as it came.
+        settings: The flags of the run.
+        samples: The user's data.
+        checker: Gives the checker whose reference computes what the output must.
+        progress: ``progress(what, done, total)``.
+
+    Raises:
+        CheckFailed: It does not load or run although the model did, or computes something else, or breaks a gate.
+    """
+    assert report.model is not None
+    for gate in settings.gates:
+        if gate.kind == "size":
+            _hold(gate, report.output["bytes"], report.input["bytes"], size)
+    latency = [gate for gate in settings.gates if gate.kind == "latency"]
+    if settings.verify and not report.rewrite.get("checked", True):
+        return
+    # Runtimes repack weights to run fast, which takes as much memory again.
+    timed = bool(latency) or (settings.measure and nbytes(report.model) <= measure.LARGEST)
+    if not (settings.verify or timed):
+        return
+    progress("loading what was emitted", 0, 0)
+    try:
+        loaded = settings.target.load(emitted, frugal=not timed)
+        if settings.verify:
+            _compare(loaded, checker(), source, report)
+        if timed:
+            progress("measuring", 0, 0)
+            _time(loaded, samples, source, settings, report, latency)
+        elif settings.measure:
+            report.warnings.append("not timed, to spare memory: 'graphc bench INPUT OUTPUT' times large models")
+    except BadInput as error:
+        raise CheckFailed(
+            "what was emitted does not run; nothing was written",
+            where=error.where,
+            why=error.why or error.what,
+            hint="please report this as a defect of graphc, with the model if you may",
+        ) from error
+
+
+def _compare(loaded: Runnable, checker: Checker, source: Source, report: Report) -> None:
+    verdict = checker.compare(loaded)
+    if verdict.ok:
+        return
+    own = checker.compare(source.original, optimise=True)
+    if own.ok:
+        raise CheckFailed(
+            "what was emitted computes something else when the runtime optimises it; nothing was written",
+            why=verdict.why,
+            hint="leave out passes (-p) until it holds, and please report this as a defect of graphc",
+        )
+    report.warnings.append(
+        f"the runtime's own optimisation changes the result, of the input as well as of the output: {verdict.why}"
+    )
+
+
+def _time(
+    loaded: Runnable,
+    samples: Sequence[Arrays],
+    source: Source,
+    settings: Settings,
+    report: Report,
+    latency: Sequence[Gate],
+) -> None:
+    assert report.model is not None
+    sample = samples[0] if samples else measure.sample(report.model, settings.seed)
+    found = measure.against(source.original, loaded, sample)
+    if found is None:
+        if latency:
+            raise CheckFailed("the latency could not be measured", why="the input model does not run or is too slow")
+        return
+    report.measurements["latency"] = found
+    for gate in latency:
+        _hold(gate, found["output"]["median"], found["input"]["median"], seconds)
+    if found["ratio_low"] > SLOWER:
+        report.warnings.append(
+            f"the output is slower than the input here: {found['ratio']:.2f}x "
+            f"({found['ratio_low']:.2f} to {found['ratio_high']:.2f})"
+        )
+
+
+def _hold(gate: Gate, value: float, before: float, show: Callable[[float], str]) -> None:
+    limit = gate.limit * before if gate.relative else gate.limit
+    if value > limit:
+        raise CheckFailed(
+            f"the gate '{gate}' does not hold; nothing was written",
+            why=f"{show(value)} is more than {show(limit)}",
+            hint="choose a stronger recipe, or a milder limit",
+        )
