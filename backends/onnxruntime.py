@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from graphc import files
+import onnx_ir as ir
+
+from graphc import edit, files
 from graphc.contract import Backend, Capabilities, Runnable, option
 from graphc.errors import BadInput
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 MODEL = "model.onnx"
 
@@ -39,7 +38,7 @@ class OnnxRuntime(Backend):
 
         models.save(portable(model, self.capabilities()), folder / MODEL)
         files.write(folder / "run.py", _RUN)
-        return {"provider": self.provider, "threads": self.threads, "session_options": {}}
+        return {"provider": self.provider, "threads": self.threads, "session_options": _session_options(model)}
 
     def emit_file(self, model: ir.Model, path: Path) -> None:
         from graphc import model as models
@@ -48,20 +47,49 @@ class OnnxRuntime(Backend):
         models.save(portable(model, self.capabilities()), path)
 
     def load(self, path: Path, *, frugal: bool = False) -> Runnable:
+        from graphc import model as models
         from graphc import runtime
 
         settings: Mapping[str, Any] = {}
         if path.is_dir():
             settings = _manifest(path).get("runtime", {})
             path = path / MODEL
+        # ONNX Runtime copies weights that are in the model's own file; frugally they are mapped instead.
+        large = frugal and path.is_file() and path.stat().st_size > runtime.BIG
         return runtime.session(
-            path,
+            models.load(path) if large else path,
             optimise=True,
             provider=settings.get("provider", self.provider),
             options=settings.get("session_options", {}),
             threads=settings.get("threads", self.threads),
             frugal=frugal,
         )
+
+
+_QUANTIZED = (
+    "ConvInteger",
+    "DequantizeLinear",
+    "DynamicQuantizeLinear",
+    "MatMulInteger",
+    "QLinearConv",
+    "QLinearMatMul",
+    "QuantizeLinear",
+)
+
+
+def _session_options(model: ir.Model) -> dict[str, str]:
+    """What a session needs for the model to compute what it says."""
+    dtypes = {
+        value.dtype
+        for node in edit.nodes(model)
+        if edit.is_op(node, *_QUANTIZED)
+        for value in (*node.inputs, *node.outputs)
+        if value is not None
+    }
+    if any(edit.is_op(node, "DynamicQuantizeLinear") for node in edit.nodes(model)):
+        dtypes.add(ir.DataType.UINT8)
+    # Without VNNI, ONNX Runtime adds pairs of products of uint8 and int8 in 16 bits, which saturate.
+    return {"session.x64quantprecision": "1"} if {ir.DataType.UINT8, ir.DataType.INT8} <= dtypes else {}
 
 
 @cache

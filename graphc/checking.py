@@ -27,17 +27,17 @@ from graphc import model as models
 from graphc.closeness import (
     SLICE_VALUES,
     Closeness,
+    NoiseMeter,
     OutputError,
     distance,
     guessed_noise,
     is_float,
-    noise_of,
     relative,
 )
 from graphc.contract import Arrays, Runnable, no_progress
 from graphc.errors import BadInput
 from graphc.inputs import Case
-from graphc.noise import noisy
+from graphc.noise import GAIN, noisy, steps
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -103,7 +103,7 @@ class _Expected:
     Attributes:
         case: The inputs.
         outputs: The reference's outputs.
-        noise: How far rounding moves them, see ``graphc.closeness.noise_of``.
+        noise: How far rounding moves them, see ``graphc.closeness.NoiseMeter``.
         optimised: For float outputs, how far the runtime's optimiser moves them; filled when asked for.
     """
 
@@ -302,11 +302,15 @@ class Checker:
 
     def _measure_noise(self, model: ir.Model, expected: Sequence[_Expected]) -> None:
         session = self._session(noisy(model, seed=self._seed), False)
+        gain = math.sqrt(GAIN) if steps(model) else GAIN
         for number, each in enumerate(expected):
             self._progress("measuring the rounding noise", number, len(expected))
-            runs = [session.run(each.case.arrays) for _ in range(self._runs)]
-            for name, array in each.outputs.items():
-                each.noise[name] = noise_of(array, [run[name] for run in runs if name in run])
+            meters = {name: NoiseMeter(array) for name, array in each.outputs.items()}
+            for _ in range(self._runs):
+                found = session.run(each.case.arrays)
+                for name, meter in meters.items():
+                    meter.add(found.get(name))
+            each.noise = {name: meter.noise(gain) for name, meter in meters.items()}
         session.close()
 
     def _measure_optimiser(self, expected: Sequence[_Expected]) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,9 @@ MAX = 6.0
 
 SLICE_VALUES = 24
 """Samples of the noise from which it can be estimated."""
+
+_BLOCK = 1 << 18
+"""Elements that are widened to double precision at a time."""
 
 _GUESS = 20.0
 """What rounding is guessed to change, in units of eps, where it cannot be measured; real models have 2 to 20."""
@@ -78,68 +81,88 @@ def is_float(array: Array) -> bool:
     return array.dtype.kind == "f" or array.dtype.name.startswith(("float", "bfloat"))
 
 
-def noise_of(array: Array, runs: Sequence[Array]) -> Array:
-    """How far rounding moves every element of an output.
+class NoiseMeter:
+    """Measures how far rounding moves every element of an output, from runs with inserted errors.
 
     Args:
         array: The output.
-        runs: The same output of runs with inserted errors, ``GAIN`` times as large as those of rounding.
-
-    Returns:
-        For floats the root mean square of the error, float32, infinite where rounding flips a decision; for anything
-        else a boolean array, true where it does.
     """
-    # Where rounding decides on the shape, as on that of NonZero's result, nothing can be compared.
-    unstable = any(run.shape != array.shape for run in runs)
-    if not is_float(array):
-        flips = np.full(array.shape, unstable)
-        for run in () if unstable else runs:
-            flips |= np.asarray(run != array)
-        return flips
-    if unstable or not array.size:
-        return np.full(array.shape, np.inf, dtype=np.float32)
-    exact = _wide(array)
-    finite = np.isfinite(exact)
-    magnitude = np.where(finite, np.abs(exact), 0.0)
-    squares = np.zeros(array.shape)
-    for run in runs:
-        values = _wide(run)
-        finite_too = np.isfinite(values)
-        with np.errstate(invalid="ignore", over="ignore"):
-            moved = np.where(finite & finite_too, np.square(values - exact), 0.0)
-        # What becomes finite or infinite by rounding alone cannot be compared either.
-        squares += np.where(finite == finite_too, moved, np.inf)
-    squares /= len(runs)
-    stable = finite & np.isfinite(squares)
-    typical = float(np.median(squares[stable])) if stable.any() else 0.0
-    scale = _rms(magnitude)
-    # A decision flipped: the answer to a tiny error is neither tiny nor like that of the other elements.
-    squares[(squares > _FLIP**2 * typical) & (squares > (_FLIP_SIZE * scale) ** 2)] = np.inf
-    eps = _eps(array.dtype)
-    floor = np.square(0.5 * eps * magnitude) + (1e-3 * eps * scale) ** 2
-    return np.sqrt(squares / GAIN**2 + floor).astype(np.float32)
+
+    def __init__(self, array: Array) -> None:
+        self._array = array
+        self._runs = 0
+        self._unstable = False
+        if is_float(array):
+            self._scale = math.sqrt(_mean_square(array)) or 1.0
+            self._squares = np.zeros(array.shape, dtype=np.float32)  # in units of the scale
+        else:
+            self._flips = np.zeros(array.shape, dtype=bool)
+
+    def add(self, run: Array | None) -> None:
+        """Take the same output of another run; None if it did not have it."""
+        self._runs += 1
+        if run is None or run.shape != self._array.shape:
+            # Rounding decides on the shape, as on that of NonZero's result.
+            self._unstable = True
+        elif not is_float(self._array):
+            self._flips |= np.asarray(run != self._array)
+        else:
+            for block in _blocks(run.shape):
+                exact, values = _wide(self._array[block]), _wide(run[block])
+                finite, finite_too = np.isfinite(exact), np.isfinite(values)
+                with np.errstate(invalid="ignore", over="ignore"):
+                    moved = np.where(finite & finite_too, np.square((values - exact) / self._scale), 0.0)
+                    # What becomes finite or infinite by rounding alone cannot be compared.
+                    self._squares[block] += np.where(finite == finite_too, moved, np.inf)
+
+    def noise(self, gain: float = GAIN) -> Array:
+        """How far rounding moves every element.
+
+        Args:
+            gain: How much further the inserted errors move the output than rounding does.
+
+        Returns:
+            For floats the root mean square of the error, float32, infinite where rounding flips a decision; for
+            anything else a boolean array, true where it does.
+        """
+        if not is_float(self._array):
+            return self._flips | self._unstable
+        if self._unstable or not self._array.size or not self._runs:
+            return np.full(self._array.shape, np.inf, dtype=np.float32)
+        squares = self._squares / self._runs
+        stable = squares[np.isfinite(squares) & (squares > 0)]  # zeros, as behind a Relu, do not answer at all
+        typical = float(np.median(stable)) if stable.size else 0.0
+        # A decision flipped: the answer to a tiny error is neither tiny nor like that of the other elements.
+        squares[(squares > _FLIP**2 * typical) & (squares > _FLIP_SIZE**2)] = np.inf
+        eps = _eps(self._array.dtype)
+        for block in _blocks(squares.shape):
+            magnitude = np.abs(_wide(self._array[block])) / self._scale
+            floor = np.square(0.5 * eps * np.where(np.isfinite(magnitude), magnitude, 0.0)) + (1e-3 * eps) ** 2
+            squares[block] = self._scale * np.sqrt(squares[block] / gain**2 + floor)
+        return squares
 
 
 def guessed_noise(array: Array) -> Array:
-    """Like :func:`noise_of`, for a model of which no runs with inserted errors are to be had."""
+    """What a :class:`NoiseMeter` may have found, for a model that does not run with inserted errors."""
     if not is_float(array):
         return np.zeros(array.shape, dtype=bool)
-    magnitude = np.where(np.isfinite(_wide(array)), np.abs(_wide(array)), 0.0)
-    return (_GUESS * _eps(array.dtype) * np.maximum(magnitude, _rms(magnitude))).astype(np.float32)
+    magnitude = np.where(np.isfinite(array), np.abs(array), 0.0).astype(np.float32)
+    return np.asarray(_GUESS * _eps(array.dtype) * np.maximum(magnitude, math.sqrt(_mean_square(array))))
 
 
 def distance(a: Array, b: Array) -> Array:
-    """The absolute difference of two float arrays, 0 where both are the same infinity or NaN; float32."""
-    with np.errstate(invalid="ignore"):
-        found = np.abs(_wide(a) - _wide(b))
-    return np.where(np.isnan(found), 0, found).astype(np.float32)
+    """The absolute difference of two float arrays, 0 where it is no number; float32."""
+    found = np.empty(a.shape, dtype=np.float32)
+    for block in _blocks(a.shape):
+        with np.errstate(invalid="ignore"):
+            found[block] = np.nan_to_num(np.abs(_wide(a[block]) - _wide(b[block])), nan=0.0)
+    return found
 
 
 def relative(array: Array, noise: Array) -> float | None:
     """The noise of a float output relative to its size; None if it has none."""
-    usable = np.isfinite(noise) & np.isfinite(_wide(array))
-    scale = _rms(array[usable])
-    return _rms(noise[usable]) / scale if scale else None
+    size = _mean_square(array)
+    return math.sqrt(_mean_square(noise) / size) if size else None
 
 
 class Closeness:
@@ -163,7 +186,7 @@ class Closeness:
             case: Its description.
             want: The reference's output.
             got: The candidate's.
-            noise: What :func:`noise_of` gives for the reference's.
+            noise: What a :class:`NoiseMeter` found for the reference's.
         """
         error = dataclasses.replace(self._compare(want, got, noise), case=case)
         if self._cases == 0 or (bool(error.why), error.ratio) > (bool(self._worst.why), self._worst.ratio):
@@ -204,41 +227,42 @@ class Closeness:
             if count:
                 return _wrong(name, f"differs in {count} of {want.size} elements, which must be equal")
             return OutputError(name, skipped=skipped)
-        exact, found = _wide(want), _wide(got)
-        for what, test in (("NaN", np.isnan), ("infinity", np.isinf)):
-            there, here = test(exact), test(found)
+        for what, test in (("NaN", np.isnan), ("infinity", np.isposinf), ("negative infinity", np.isneginf)):
+            there, here = _test(test, want), _test(test, got)
             if bool(((there != here) & usable).any()):
                 return _wrong(name, f"has {what} in other places ({int(here.sum())} instead of {int(there.sum())})")
-        infinite = np.isinf(exact) & usable
-        if bool((exact[infinite] != found[infinite]).any()):
-            return _wrong(name, "has infinities of another sign")
-        usable &= np.isfinite(exact)
-        with np.errstate(invalid="ignore"):
-            difference = np.where(usable, np.abs(found - exact), 0.0)
-        error = self._judge(exact, difference, np.where(usable, noise, 0.0).astype(np.float64))
-        return dataclasses.replace(error, skipped=skipped)
+        return dataclasses.replace(self._judge(want, got, noise), skipped=skipped)
 
-    def _judge(self, exact: Array, difference: Array, noise: Array) -> OutputError:
+    def _judge(self, want: Array, got: Array, noise: Array) -> OutputError:
         """The ratios of one case; its slices also go to the pools."""
-        typical = _rms(noise)
-        largest, allowed = float(difference.max(initial=0.0)), MAX * float(noise.max(initial=0.0))
-        ratio = max(_ratio(largest, allowed), _ratio(_rms(difference), RMS * typical))
+        sums = _Sums(want.shape)
+        for block in _blocks(want.shape):
+            exact, moved = _wide(want[block]), _wide(noise[block])
+            usable = np.isfinite(exact) & np.isfinite(moved)
+            with np.errstate(invalid="ignore"):
+                difference = np.where(usable, np.abs(_wide(got[block]) - exact), 0.0)
+            sums.add(block, difference, np.where(usable, moved, 0.0))
+        largest, allowed = sums.largest_error, MAX * sums.largest_noise
+        total, noises = math.sqrt(sums.errors_total), math.sqrt(sums.noise_total)
+        ratio = max(_ratio(largest, allowed), _ratio(total, RMS * noises))
         place = ""
-        for axis, errors, allowances, count in _slices(difference, noise):
-            if typical:
-                self._pool(axis, errors / typical**2, allowances / typical**2, count)
+        for axis, (errors, allowances) in sums.axes.items():
+            count = want.size // want.shape[axis]
+            if noises:
+                scale = sums.noise_total / want.size
+                self._pool(axis, errors / scale, allowances / scale, count)
             if self._runs * count >= SLICE_VALUES:
                 found, index = _slice_ratio(errors, allowances)
                 if found > max(ratio, 1.0):
                     place = f", most of all at index {index} of axis {axis}"
                 ratio = max(ratio, found)
-        scale = _rms(exact[np.isfinite(exact)])
-        relative = largest / scale if scale else (math.inf if largest else 0.0)
+        size = math.sqrt(_mean_square(want))
+        relative = largest / size if size else (math.inf if largest else 0.0)
         error = OutputError(self._worst.name, largest, relative, allowed, ratio)
         if ratio <= 1:
             return error
-        size = f"{relative:.2g} of its size" if scale else "it should be zero"
-        why = f"differs by up to {largest:.3g} ({size}), {ratio:.3g} times what rounding explains{place}"
+        share = f"{relative:.2g} of its size" if size else "it should be zero"
+        why = f"differs by up to {largest:.3g} ({share}), {ratio:.3g} times what rounding explains{place}"
         return dataclasses.replace(error, why=why)
 
     def _pool(self, axis: int, errors: Array, noise: Array, count: int) -> None:
@@ -260,13 +284,37 @@ class _Pool:
     cases: int = 0
 
 
-def _slices(difference: Array, noise: Array) -> Iterator[tuple[int, Array, Array, int]]:
-    """For every axis: its number, sums of the squares for each index of it, and how many squares these sum."""
-    errors, noises = np.square(difference), np.square(noise)
-    for axis, size in enumerate(difference.shape):
-        if size > 1:
-            others = tuple(i for i in range(difference.ndim) if i != axis)
-            yield axis, errors.sum(axis=others), noises.sum(axis=others), difference.size // size
+class _Sums:
+    """Sums of the squares of errors and noise, over all elements and for every index of every axis."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.largest_error = self.largest_noise = self.errors_total = self.noise_total = 0.0
+        self.axes = {axis: (np.zeros(n), np.zeros(n)) for axis, n in enumerate(shape) if n > 1}
+
+    def add(self, block: tuple[slice, ...], errors: Array, noise: Array) -> None:
+        """Add the errors and the noise of a part."""
+        self.largest_error = max(self.largest_error, float(errors.max(initial=0.0)))
+        self.largest_noise = max(self.largest_noise, float(noise.max(initial=0.0)))
+        for number, squares in enumerate((np.square(errors), np.square(noise))):
+            if number == 0:
+                self.errors_total += float(squares.sum())
+            else:
+                self.noise_total += float(squares.sum())
+            for axis, sums in self.axes.items():
+                others = tuple(i for i in range(squares.ndim) if i != axis)
+                sums[number][block[axis]] += squares.sum(axis=others)
+
+
+def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+    """Parts of an array that are small enough to be widened; they follow each other along its longest axis."""
+    if not shape:
+        yield ()
+        return
+    longest = max(range(len(shape)), key=lambda axis: shape[axis])
+    step = max(_BLOCK * shape[longest] // max(math.prod(shape), 1), 1)
+    for start in range(0, shape[longest], step):
+        part = slice(start, start + step)
+        yield tuple(part if axis == longest else slice(None) for axis in range(len(shape)))
 
 
 def _slice_ratio(errors: Array, noise: Array) -> tuple[float, int]:
@@ -288,8 +336,22 @@ def _wide(array: Array) -> Array:
     return array.astype(np.float64)
 
 
-def _rms(array: Array) -> float:
-    return math.sqrt(float(np.mean(np.square(_wide(array))))) if array.size else 0.0
+def _mean_square(array: Array) -> float:
+    """The mean of the squares of the finite elements."""
+    total, count = 0.0, 0
+    for block in _blocks(array.shape):
+        values = _wide(array[block])
+        finite = np.isfinite(values)
+        total += float(np.square(values, where=finite, out=np.zeros_like(values)).sum())
+        count += int(finite.sum())
+    return total / count if count else 0.0
+
+
+def _test(test: Callable[[Array], Array], array: Array) -> Array:
+    found = np.empty(array.shape, dtype=bool)
+    for block in _blocks(array.shape):
+        found[block] = test(_wide(array[block]))
+    return found
 
 
 def _ratio(value: float, allowed: float) -> float:

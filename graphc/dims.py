@@ -15,7 +15,7 @@ Sizes = dict[str, int]
 """A size for every symbol."""
 
 Plan = Callable[[int], Sizes]
-"""Sizes by variant: 0 has ordinary ones, 1 has ones where it can, 2 has others again."""
+"""Sizes by variant: 0 has ordinary ones, 1 has ones where it can, 2 has others again, 3 an empty cache."""
 
 _MULTIPLES = (32, 64, 224, 256, 512, 8, 16, 128, 640, 1024, 1)
 """What dimensions may have to be a multiple of, or at least as large as, the most likely first."""
@@ -108,6 +108,13 @@ class Symbols:
             past=tuple(s for s in lengths if _PAST.search(s)),
         )
 
+    @property
+    def variants(self) -> Sequence[int]:
+        """The variants of a plan, the first included, that differ for these symbols."""
+        if not (self.batch or self.spatial or self.lengths):
+            return (0,)
+        return (0, 1, 2, 3) if self.past else (0, 1, 2)
+
     def plans(self) -> Iterator[Plan]:
         """Ways to give sizes, the most likely first; a single empty one without symbols."""
         if not (self.batch or self.spatial or self.lengths):
@@ -117,7 +124,7 @@ class Symbols:
             yield self._mask_covers_past
         yield self._different
         if len(self.lengths) > 1:
-            yield lambda variant: self._sizes(variant, lambda v, i: (8, 1, 12)[v], (64, 32, 96))
+            yield lambda variant: self._sizes(variant, lambda v, i: (8, 1, 12, 8)[v], (64, 32, 96))
         for of in _MULTIPLES:
             yield self._multiple(of)
 
@@ -132,14 +139,14 @@ class Symbols:
 
     def _sizes(self, variant: int, length: Callable[[int, int], int], picture: tuple[int, int, int]) -> Sizes:
         return {
-            **dict.fromkeys(self.batch, (2, 1, 3)[variant]),
-            **{s: picture[variant] + (0 if variant == 1 else 32 * i) for i, s in enumerate(self.spatial)},
-            **{s: length(variant, i) for i, s in enumerate(self.lengths)},
+            **dict.fromkeys(self.batch, (2, 1, 3, 2)[variant]),
+            **{s: (*picture, picture[0])[variant] + (variant != 1) * 32 * i for i, s in enumerate(self.spatial)},
+            **{s: 0 if variant == 3 and s in self.past else length(variant, i) for i, s in enumerate(self.lengths)},
         }
 
     def _different(self, variant: int) -> Sizes:
         """Sizes that no two symbols share, so that no mix-up stays hidden."""
-        return self._sizes(variant, lambda v, i: (7 + 2 * i, 1, 12 + i)[v], (64, 32, 96))
+        return self._sizes(variant, lambda v, i: (7 + 2 * i, 1, 12 + i, 7 + 2 * i)[v], (64, 32, 96))
 
     def _mask_covers_past(self, variant: int) -> Sizes:
         sizes = self._different(variant)
@@ -148,7 +155,7 @@ class Symbols:
         return sizes | dict.fromkeys(self.masks, total) if total else sizes
 
     def _multiple(self, of: int) -> Plan:
-        return lambda variant: self._sizes(variant, lambda v, i: of * (1, 1, 2)[v], (of, of, 2 * of))
+        return lambda variant: self._sizes(variant, lambda v, i: of * (1, 1, 2, 1)[v], (of, of, 2 * of))
 
 
 def _is_batch(symbol: str, places: Sequence[tuple[Input, int]]) -> bool:

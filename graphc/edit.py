@@ -101,16 +101,21 @@ def scalar(value: ir.Value | None) -> Any | None:
     return array.reshape(-1)[0].item() if array is not None and array.size == 1 else None
 
 
-def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
-    """The value of an attribute, or ``default`` where it is absent. A reference to a function's attribute raises.
+class BoundByCaller(ValueError):
+    """An attribute in a local function is given by the function's caller."""
 
-    Strings are ``str``, lists are tuples.
+
+def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
+    """The value of an attribute, or ``default`` where it is absent. Strings are ``str``, lists are tuples.
+
+    Raises:
+        BoundByCaller: It refers to an attribute of the function that the node is in.
     """
     attr = node.attributes.get(name)
     if attr is None:
         return default
     if attr.is_ref():
-        raise ValueError(f"attribute '{name}' of node '{node.name}' is bound by the function's caller")
+        raise BoundByCaller(f"attribute '{name}' of node '{node.name}' is bound by the function's caller")
     if attr.type == ir.AttributeType.STRING:
         return attr.as_string()
     return tuple(attr.value) if isinstance(attr.value, list | tuple) else attr.value

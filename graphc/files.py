@@ -64,10 +64,13 @@ class Temporary:
         self._hidden: Path | None = None
         try:
             descriptor = os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666)
-            if not Path(f"/proc/self/fd/{descriptor}").exists():
+            if Path(f"/proc/self/fd/{descriptor}").exists():
+                # It is locked before it may get a hidden name.
+                with suppress(OSError):
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+            else:
                 os.close(descriptor)
-                raise OSError(errno.EOPNOTSUPP, "no /proc")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+                descriptor, self._hidden = _locked_file(folder, base)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
                 raise
@@ -290,7 +293,7 @@ def _exchange(staged: Path, destination: Path) -> None:
 
 
 def _hidden_name(folder: Path, base: str) -> Path:
-    return folder / f".{base[:128]}.{secrets.token_hex(4)}{_SUFFIX}"
+    return folder / f".{base[:32]}.{secrets.token_hex(4)}{_SUFFIX}"
 
 
 def _locked_file(folder: Path, base: str) -> tuple[int, Path]:

@@ -123,14 +123,14 @@ def cases(model: ir.Model, *, seed: int = 0, accepts: Callable[[Arrays], bool] |
                 continue
             yield first
             sizes = [plan(0)]
-            for variant in (1, 2) if plan(0) else ():
+            for variant in symbols.variants[1:]:
                 for wanted in symbols.steps(plan, variant):
                     if wanted not in sizes and (case := make(wanted, variant, "ordinary values", fill)):
                         yield case
                         sizes.append(wanted)
                         break
             for number, (what, values) in enumerate(_special(inputs, fill)):
-                at = sizes[-1] if number % 2 else sizes[0]
+                at = sizes[min(2, len(sizes) - 1)] if number % 2 else sizes[0]
                 if case := make(at, 10 + number, what, values):
                     yield case
             if (given := _given(model, first, seed)) and takes(given.arrays):

@@ -20,7 +20,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from graphc import edit
+from graphc import edit, shapes
 from graphc.roles import role
 
 GAIN = 8.0
@@ -52,6 +52,7 @@ _FUNCTIONS = frozenset({
     "Tan",
 })
 # fmt: on
+_GRIDS = frozenset({"Ceil", "DynamicQuantizeLinear", "Floor", "QuantizeLinear", "Round"})
 # Runtimes approximate these with an error relative to their range, which is about 1, not to the result.
 _BOUNDED = frozenset(["Cos", "Erf", "HardSigmoid", "Sigmoid", "Sin", "Tanh"])
 
@@ -74,6 +75,8 @@ def noisy(model: ir.Model, *, gain: float = GAIN, seed: int = 0) -> ir.Model:
     the tensors of the original. Values whose dtype is not known are left exact, as are inputs that are sizes.
     """
     copy = model.clone()
+    # Exporters often leave the types of intermediate values out, and without its type a value stays exact.
+    shapes.infer(copy)
     default = _only_float_dtype(copy)
     names = edit.Names(copy)
     number = seed * 1_000_003
@@ -94,6 +97,15 @@ def noisy(model: ir.Model, *, gain: float = GAIN, seed: int = 0) -> ir.Model:
                 size *= gain * EPS[dtype]
                 _disturb(graph, value, dtype, _random_nodes(value, size, number, opset), size, names)
     return copy
+
+
+def steps(model: ir.Model) -> bool:
+    """Whether values are rounded to a grid inside the model.
+
+    Then rounding errors do not make the outputs drift but jump, now and then: stronger errors make more jumps, not
+    larger ones, so that the variance of the outputs grows with the size of the errors and not with its square.
+    """
+    return any(node.op_type in _GRIDS or node.op_type.startswith("QLinear") for node in edit.nodes(model))
 
 
 def _only_float_dtype(model: ir.Model) -> ir.DataType | None:

@@ -42,7 +42,8 @@ def portable(model: ir.Model, target: Capabilities) -> ir.Model:
     """
     copy = model.clone()
     _strip_traces(copy)
-    copy.graph.name = copy.graph.name or "graph"
+    for graph in edit.graphs(copy):
+        graph.name = graph.name or "graph"
     lower_opset(copy)
     _drop_unused_imports(copy)
     copy.ir_version = _ir_version(copy)
@@ -162,11 +163,15 @@ def _dtypes(model: ir.Model) -> frozenset[ir.DataType] | None:
 
 
 def _strip_traces(model: ir.Model) -> None:
-    for node in edit.nodes(model):
-        for key in _TRACES:
-            node.metadata_props.pop(key, None)
-        if node.doc_string and _SOURCE_LINE.search(node.doc_string):
-            node.doc_string = None
+    """Remove what names source files: stack traces in metadata, and the doc strings of TorchScript."""
+    holders: list[ir.Model | ir.Function | ir.Graph | ir.Node] = [model, *model.functions.values()]
+    holders += [*edit.graphs(model), *edit.nodes(model)]
+    for item in holders:
+        for key, text in list(item.metadata_props.items()):
+            if key in _TRACES or _SOURCE_LINE.search(text):
+                del item.metadata_props[key]
+        if item.doc_string and _SOURCE_LINE.search(item.doc_string):
+            item.doc_string = None
 
 
 def _drop_unused_imports(model: ir.Model) -> None:

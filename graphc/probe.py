@@ -15,53 +15,83 @@ _INTERNAL = ("com.microsoft.nchwc", "com.ms.internal")
 
 
 def ask(*, isolated: bool) -> Capabilities:
-    """Ask for the highest versions, the kernels and the providers that start; it takes some milliseconds.
+    """Ask for the highest versions, the providers that start and the kernels; it takes some milliseconds.
 
     Args:
-        isolated: Ask in a process of its own: without its CUDA libraries the gpu wheel can crash on these questions.
+        isolated: Ask in a process of its own: without its CUDA libraries the gpu wheel crashes when it is asked for
+            its kernels, which then stay unknown.
     """
-    answer = _in_child() if isolated else _answer()
+    # What every supported version loads, should nothing be answered.
+    answers: dict[str, Any] = {"max_ir": 10, "max_opset": {"": 21}, "providers": [runtime.CPU], "kernels": []}
+    if isolated:
+        answers |= _in_child()
+    else:
+        answers |= {name: question() for name, question in _QUESTIONS.items()}
     return Capabilities(
         name="onnxruntime",
-        max_ir=answer["max_ir"],
-        max_opset=answer["max_opset"],
-        kernels=frozenset((domain, name, provider) for domain, name, provider in answer["kernels"]),
-        providers=tuple(answer["providers"]),
+        max_ir=answers["max_ir"],
+        max_opset=answers["max_opset"],
+        kernels=frozenset((domain, name, provider) for domain, name, provider in answers["kernels"]),
+        providers=tuple(answers["providers"]),
     )
 
 
-def _answer() -> dict[str, Any]:
+def _in_child() -> dict[str, Any]:
+    code = "from graphc import probe; probe.answer()"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    found: dict[str, Any] = {}
+    for line in child.stdout.splitlines():
+        if line.startswith("{"):
+            found |= json.loads(line)
+    return found
+
+
+def answer() -> None:
+    """Print one JSON object for each question, at once, in case that the next one crashes."""
+    for name, question in _QUESTIONS.items():
+        print(json.dumps({name: question()}), flush=True)
+
+
+def _max_ir() -> int:
     import onnx
-    import onnxruntime as ort
+
+    return _highest(lambda version: _loads(_identity(version, {"": 1})), int(onnx.IR_VERSION) + 2)
+
+
+def _max_opset() -> dict[str, int]:
+    import onnx
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-    schemas: dict[str, int] = {}
+    newest: dict[str, int] = {"": int(onnx.defs.onnx_opset_version())}
     for schema in state.get_all_operator_schema():
-        schemas[schema.domain] = max(schemas.get(schema.domain, 0), schema.since_version)
-    # Schemas of unfinished opsets exist but do not load, and domains count on without new schemas.
-    above = int(onnx.defs.onnx_opset_version()) + 2
-    opsets = {
-        domain: _highest(_accepts_opset(domain), max(version, above if not domain else version + 2))
-        for domain, version in sorted(schemas.items())
+        newest[schema.domain] = max(newest.get(schema.domain, 0), schema.since_version)
+    # Schemas of unfinished opsets exist but do not load, and a version without new schemas does.
+    return {
+        domain: _highest(_accepts_opset(domain), version + 2)
+        for domain, version in sorted(newest.items())
         if not domain.startswith(_INTERNAL)
     }
-    kernels = {("" if k.domain == "ai.onnx" else k.domain, k.op_name, k.provider) for k in state.get_all_opkernel_def()}
-    return {
-        "max_ir": _highest(lambda version: _loads(_identity(version, {"": 1})), int(onnx.IR_VERSION) + 2),
-        "max_opset": opsets,
-        "kernels": sorted(kernels),
-        "providers": [provider for provider in ort.get_available_providers() if _starts(provider)],
-    }
 
 
-def _in_child() -> dict[str, Any]:
-    code = "import json; from graphc import probe; print(json.dumps(probe._answer()))"
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    if child.returncode == 0:
-        answer: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
-        return answer
-    # It crashed: what every supported version loads, and nothing is known of kernels.
-    return {"max_ir": 10, "max_opset": {"": 21}, "kernels": [], "providers": [runtime.CPU]}
+def _providers() -> list[str]:
+    import onnxruntime as ort
+
+    return [provider for provider in ort.get_available_providers() if _starts(provider)]
+
+
+def _kernels() -> list[tuple[str, str, str]]:
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    kernels = state.get_all_opkernel_def()
+    return sorted({("" if k.domain == "ai.onnx" else k.domain, k.op_name, k.provider) for k in kernels})
+
+
+_QUESTIONS: Mapping[str, Callable[[], Any]] = {
+    "max_ir": _max_ir,
+    "max_opset": _max_opset,
+    "providers": _providers,
+    "kernels": _kernels,
+}
 
 
 def _highest(accepted: Callable[[int], bool], start: int) -> int:

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from graphc.complaints import CannotRun, explain
 from graphc.contract import Arrays, Capabilities, Runnable
-from graphc.errors import BadInput
+from graphc.errors import BadInput, nearest
 from graphc.mapping import constants_nbytes, mapped, serialised
 from graphc.timing import Memory, Timing, measure, peak_memory
 
@@ -195,10 +195,14 @@ def session(
             anonymous memory is about that of the activations. Not for measuring latency.
 
     Raises:
-        BadInput: ONNX Runtime is missing, or there is no such file.
+        BadInput: ONNX Runtime is missing, or it has no such provider, or there is no such file.
         CannotRun: The runtime rejects the model; the message names the node or the operator.
     """
     require()
+    import onnxruntime as ort
+
+    if provider not in (known := ort.get_available_providers()):
+        raise BadInput(f"ONNX Runtime has no provider '{provider}'", hint=nearest(provider, known))
     entries = settings(optimise=optimise, options=options or {}, threads=threads, frugal=frugal)
     keep: list[Any] = []
     source: str | bytes
@@ -222,6 +226,7 @@ def settings(
     """``onnxruntime.SessionOptions``, see :func:`session`. Threads wait without spinning, and nothing is logged."""
     import onnxruntime as ort
 
+    ort.set_default_logger_severity(4)
     found = ort.SessionOptions()
     found.log_severity_level = 4
     found.intra_op_num_threads = threads

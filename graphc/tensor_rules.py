@@ -61,7 +61,9 @@ def axes_of(node: ir.Node, inputs: Facts_, index: int, rank: int) -> tuple[int, 
 def dims_from(target: Fact, facts: Facts) -> Shape | None:
     """The shape that a tensor of sizes describes."""
     if target.items is not None:
-        return tuple(facts.fresh() if item is None else item for item in target.items)
+        return tuple(
+            facts.fresh() if item is None or (isinstance(item, int) and item < 0) else item for item in target.items
+        )
     if target.shape is not None and len(target.shape) == 1 and isinstance(target.shape[0], int):
         return facts.freshen(target.shape[0])
     return None
@@ -410,6 +412,8 @@ def _pad(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
     dims = list(x.shape)
     for i, axis in enumerate(axes):
         before, after = pads[i], pads[i + len(axes)]
-        known = before is not None and after is not None
-        dims[axis] = symbolic.add(dims[axis], symbolic.add(before, after)) if known else facts.fresh()  # type: ignore[arg-type]
+        if before is None or after is None:
+            dims[axis] = facts.fresh()
+        else:
+            dims[axis] = symbolic.as_size(symbolic.add(dims[axis], symbolic.add(before, after)))
     return [Fact(x.dtype, tuple(dims))]

@@ -77,7 +77,7 @@ def try_out(
 
 
 def _compare(loaded: Runnable, checker: Checker, source: Source, report: Report) -> None:
-    verdict = checker.compare(loaded)
+    verdict = checker.compare(loaded, optimise=True)
     if verdict.ok:
         return
     own = checker.compare(source.original, optimise=True)

@@ -18,8 +18,8 @@ import onnx_ir as ir
 
 from graphc import edit
 
-OLDEST = 7
-"""The oldest opset that can be converted; before it, operators did not broadcast as they do now."""
+OLDEST = 6
+"""The oldest opset that can be converted; the ones before it were experiments of the first months of ONNX."""
 
 
 class Unconvertible(Exception):
@@ -159,6 +159,50 @@ def _to_inputs(**attributes: int) -> Callable[[ir.Node, _Tools], None]:
     return adapter
 
 
+def _binary(node: ir.Node, tools: _Tools) -> None:
+    """Until opset 6 the second operand's axes were those of the first from ``axis`` on, by default the last ones."""
+    axis = _pop(node, "axis")
+    if not _pop(node, "broadcast", 0) or axis is None:
+        return
+    a, b = node.inputs
+    if a is None or b is None or a.shape is None or b.shape is None:
+        raise Unconvertible(node, "it broadcasts along an axis, and the ranks of its inputs are not known")
+    _append_axes(node, tools, axis % len(a.shape), len(a.shape))
+
+
+def _prelu(node: ir.Node, tools: _Tools) -> None:
+    """Until opset 6 a slope of rank 1 had one number for each channel."""
+    x, slope = node.inputs
+    if x is None or slope is None or x.shape is None or slope.shape is None:
+        raise Unconvertible(node, "the ranks of its inputs are not known")
+    if len(slope.shape) == 1 and slope.shape[0] != 1:
+        _append_axes(node, tools, 1, len(x.shape))
+
+
+def _append_axes(node: ir.Node, tools: _Tools, first: int, rank: int) -> None:
+    """Give the second input of ``node`` as many axes of size 1 as align its first one with axis ``first``."""
+    b = node.inputs[1]
+    assert b is not None and b.shape is not None
+    missing = rank - first - len(b.shape)
+    if missing > 0:
+        axes = tools.constant(node, np.arange(missing) + len(b.shape), "axes")
+        node.replace_input_with(1, tools.node(node, "Unsqueeze", [b, axes], "aligned"))
+
+
+def _inference_only(node: ir.Node, tools: _Tools) -> None:
+    if not _pop(node, "is_test", 0):
+        raise Unconvertible(node, "it is in training mode (is_test=0)")
+
+
+def _without(name: str) -> Callable[[ir.Node, _Tools], None]:
+    """An adapter for an attribute that was removed since it meant nothing."""
+
+    def adapter(node: ir.Node, tools: _Tools) -> None:
+        node.attributes.pop(name, None)
+
+    return adapter
+
+
 def _like(node: ir.Node, tools: _Tools, number: float, hint: str) -> ir.Value:
     """A scalar in the dtype of the first input of ``node``."""
     x = node.inputs[0]
@@ -217,7 +261,10 @@ def _dropout(node: ir.Node, tools: _Tools) -> None:
 
 
 def _upsample_9(node: ir.Node, tools: _Tools) -> None:
-    scales = np.array(_pop(node, "scales"), dtype=np.float32)
+    scales = _pop(node, "scales")
+    if scales is None:
+        raise Unconvertible(node, "it is the Upsample of before opset 7")
+    scales = np.array(scales, dtype=np.float32)
     _set_input(node, 1, tools.constant(node, scales, "scales"))
 
 
@@ -340,6 +387,13 @@ def _refuse(reason: str) -> Callable[[ir.Node, _Tools], None]:
 
 
 _ADAPTERS: dict[tuple[str, int], Callable[[ir.Node, _Tools], None]] = {
+    ("BatchNormalization", 7): _inference_only,
+    ("Dropout", 7): _inference_only,
+    ("Gemm", 7): _without("broadcast"),
+    ("GRU", 7): _without("output_sequence"),
+    ("LSTM", 7): _without("output_sequence"),
+    ("PRelu", 7): _prelu,
+    ("RNN", 7): _without("output_sequence"),
     ("BatchNormalization", 9): _batch_normalization_9,
     ("Scan", 9): _refuse("until opset 8 it scanned each item of a batch on its own"),
     ("Upsample", 9): _upsample_9,
@@ -370,5 +424,8 @@ _ADAPTERS: dict[tuple[str, int], Callable[[ir.Node, _Tools], None]] = {
 
 for _name in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare"):
     _ADAPTERS[f"Reduce{_name}", 18] = _to_inputs(axes=1)
+
+for _name in ("Add", "And", "Div", "Equal", "Greater", "Less", "Mul", "Or", "Pow", "Sub", "Xor"):
+    _ADAPTERS[_name, 7] = _binary
 
 _ADAPTED = frozenset(operator for operator, _ in _ADAPTERS)

@@ -132,19 +132,21 @@ class _Check:
 
     def body(self, graph: Any, scopes: list[dict[str, str]], imports: Mapping[str, int], place: str) -> None:
         """Check the nodes of a graph or function; ``scopes[-1]`` gets what they make."""
-        known = scopes[-1]
+        made: dict[str, str] = {}
         for node in graph.node:
             self.node(node, imports)
             for name in filter(None, node.output):
-                if name in known:
-                    raise self.fail(
-                        f"the value '{name}' is made twice", describe(node), why=f"it is also {known[name]}"
-                    )
-                known[name] = f"made by {describe(node)}"
+                for scope in (*scopes, made):
+                    if name in scope:
+                        raise self.fail(
+                            f"the value '{name}' is made twice", describe(node), why=f"it is also {scope[name]}"
+                        )
+                made[name] = f"made by {describe(node)}"
         self.sort(graph, scopes, place)
         for node in graph.node:
             for body in _bodies(node):
                 self.graph(body, scopes, imports)
+            scopes[-1].update((name, made[name]) for name in node.output if name)
 
     def sort(self, graph: Any, scopes: Sequence[Mapping[str, str]], place: str) -> None:
         """Put nodes after what they read; the order stays where it is right already."""
@@ -159,7 +161,7 @@ class _Check:
                     reads.add(maker)
                     in_order = in_order and maker < i
                 elif name in node.input and not any(name in scope for scope in scopes):
-                    known = [k for scope in scopes for k in scope]
+                    known = [k for scope in (*scopes, makers) for k in scope]
                     raise self.fail(
                         f"the value '{name}' does not exist",
                         describe(node),

@@ -125,6 +125,9 @@ def _round(
             except Refused as refusal:
                 refusals.append((refusal.node or node, refusal.reason))
                 continue
+            except edit.BoundByCaller:
+                refusals.append((node, "an attribute is given by the caller of the function"))
+                continue
             if done is not None:
                 result.change(done)
                 changed = True

@@ -50,8 +50,10 @@ class Prune(Pass):
         "group", "'group' takes the same part of each group, 'global' compares the units of all groups."
     )
     criterion: str = option("l2", "How units are ranked: l1, l2, random, or scores from a file.")
-    scores: Path | None = option(None, "A safetensors file with a score per unit, for criterion=scores.")
-    mask: Path | None = option(
+    scores: Path | None = option(  # noqa: RUF009
+        None, "A safetensors file with a score per unit, for criterion=scores."
+    )
+    mask: Path | None = option(  # noqa: RUF009
         None, "A safetensors file of booleans, true = keep, by group name or weight:axis; instead of a ratio."
     )
     min_keep: int = option(1, "Units that every group keeps at least.")

@@ -50,11 +50,15 @@ class Shrink(Pass):
 
 def _cut(model: ir.Model, groups: Groups, dead: Mapping[str, Dead], result: PassResult, interface: bool) -> bool:
     """Remove the units that contribute nothing."""
-    keep = {}
+    keep: dict[str, Array] = {}
+    waiting: set[str] = set()
     for name, found in dead.items():
         group = groups[name]
-        if group.exact and (mask := deadness.keepable(group, found.silent)) is not None:
+        mask = deadness.keepable(group, found.silent) if group.exact and name not in waiting else None
+        # Units in blocks, and blocks, go in different rounds: the mask of one speaks of all units of the other.
+        if mask is not None and not any(block in keep for block in group.block_groups):
             keep[name] = mask
+            waiting.update(group.block_groups)
     if not keep:
         return False
     cut.cut(model, groups, keep)

@@ -180,3 +180,21 @@ def test_large_weights_stand_beside(tmp_path) -> None:
     [y] = ort.InferenceSession(path).run(None, {"x": np.zeros(5000, np.float32)})
     assert y.sum() == 5000
     assert data.stat().st_size == 20_000
+
+
+def test_an_artifact_of_a_quantized_model_is_exact(tmp_path) -> None:
+    """uint8 times int8 at full range saturates in a default session on CPUs without VNNI."""
+    pytest.importorskip("onnxruntime")
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 256, (8, 64), dtype=np.uint8)
+    b = rng.integers(-128, 128, (64, 16), dtype=np.int8)
+    model = parsed("g (uint8[8,64] a) => (int32[8,16] y) { y = MatMulInteger(a, a) }")
+    tensor = ir.tensor(b, name="b")
+    weight = ir.Value(name="b", shape=tensor.shape, type=ir.TensorType(ir.DataType.INT8), const_value=tensor)
+    model.graph.register_initializer(weight)
+    model.graph[0].replace_input_with(1, weight)
+    folder = emitted(tmp_path / "artifact", OnnxRuntime(), model)
+    manifest = json.loads((folder / "graphc.json").read_text())
+    assert manifest["runtime"]["session_options"] == {"session.x64quantprecision": "1"}
+    found = OnnxRuntime().load(folder).run({"a": a})["y"]
+    np.testing.assert_array_equal(found, a.astype(np.int32) @ b.astype(np.int32))

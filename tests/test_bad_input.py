@@ -211,6 +211,9 @@ GRAPHS = {
                              ["has a cycle"]),
     "made-twice": ("(float[2] x) => (float[2] y) { y = Relu(x) y = Neg(x) }", ["the value 'y' is made twice", "Neg"]),
     "made-over-an-input": ("(float[2] x) => (float[2] y) { x = Relu(x) y = Neg(x) }", ["made twice", "an input"]),
+    "made-over-an-outer-value": ("(float[2] x, bool c) => (float[2] y) { z = Abs(x) y = If(c)<then_branch = t () => "
+                                 "(float[2] z) { z = Relu(x) }, else_branch = e () => (float[2] b) { b = Relu(x) }> }",
+                                 ["the value 'z' is made twice", "Abs"]),
     "inputs-of-one-name": ("(float[2] x, float[2] x) => (float[2] y) { y = Relu(x) }", ["two inputs are called 'x'"]),
     "no-outputs": ("(float[2] x) => () { y = Relu(x) }", ["the model has no outputs"]),
     "missing-output": ("(float[2] x) => (float[2] z) { y = Relu(x) }", ["nothing makes the output 'z'"]),

@@ -670,6 +670,18 @@ def test_inside_local_functions_constants_stay_nodes() -> None:
     assert sorted(operators(after)) == ["Constant", "MatMul", "lin"]
 
 
+def test_attributes_given_by_the_caller_of_a_function_are_left() -> None:
+    text = """<ir_version: 10, opset_import: ["": 21, "f": 1]>
+      g (float[N,6] x) => (float[N,2] y) { y = f.lin<beta=2.0>(x) }
+      <domain: "f", opset_import: ["": 21]> lin <beta> (u) => (o) {
+        w = Constant<value = float[6,2] {1,2,3,4,5,6,7,8,9,10,11,12}>() s = Constant<value = float[2] {2,3}>()
+        p = Gemm<beta: float = @beta>(u, w, s) o = Mul(p, s) }"""
+    model = ir.from_onnx_text(text)
+    after, result = fused(model)
+    assert operators(after) == operators(model)
+    assert "an attribute is given by the caller of the function" in reasons(result)
+
+
 def test_the_documentation_names_every_rule() -> None:
     for name, sentence in ((n, t) for stage in fuse.STAGES for rule in stage for n, t in rule.names.items()):
         assert f"- ``{name}``: {sentence}" in " ".join((Fuse.__doc__ or "").split()), name

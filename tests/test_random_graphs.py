@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from graphc import edit, runtime
 from graphc.contract import Capabilities, Context
+from graphc.passes.cast import Cast
 from graphc.passes.fuse import Fuse
 from graphc.passes.simplify import Simplify
 
@@ -381,6 +382,37 @@ _QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_ba
 @given(st.data())
 def test_random_graphs(data: st.DataObject) -> None:
     check(data, steps=12)
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=_QUIET)
+@given(st.data())
+def test_random_graphs_in_half_precision(data: st.DataObject) -> None:
+    """They still run, with the interface that was asked for, and compute roughly the same."""
+    model = Builder(data).model(steps=12)
+    cast = Cast(
+        io=data.draw(st.booleans()),
+        keep=data.draw(st.sampled_from([(), ("Conv", "Add")])),
+        share=data.draw(st.sampled_from([1.0, 0.5])),
+    )
+    after = model.clone()
+    cast.run(after, CONTEXT)
+    note(str(after))
+    reference = runtime.session(model, optimise=False, threads=1)
+    candidate = runtime.session(after, optimise=False, threads=1)
+    inputs = feeds(2)
+    halves = {name: array.astype(np.float16) for name, array in inputs.items()}
+    nudged = {name: array * np.float32(1 + 2.0**-10) for name, array in inputs.items()}
+    try:
+        wanted, moved = reference.run(inputs), reference.run(nudged)
+    except runtime.CannotRun:
+        reject()
+    for name, array in candidate.run(halves if cast.io else inputs).items():
+        assert array.dtype == (np.float16 if cast.io else wanted[name].dtype)
+        assert array.shape == wanted[name].shape
+        scale = np.abs(wanted[name]).max(initial=0)
+        if scale < 1e3 and np.isfinite(array).all():
+            allowed = 0.1 * (1 + scale) + 100 * np.abs(moved[name] - wanted[name]).max(initial=0)
+            assert np.abs(array - wanted[name]).max(initial=0) <= allowed
 
 
 @pytest.mark.slow

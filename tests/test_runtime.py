@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,10 @@ class TestSession:
         session = runtime.session(RESNET, optimise=False, options={"session.record_ep_graph_assignment_info": "1"})
         assert session.placement()[runtime.CPU]["Conv"] > 5
         assert runtime.session(RESNET, optimise=False).placement() == {}
+
+    def test_an_unknown_provider(self) -> None:
+        with pytest.raises(BadInput, match="did you mean 'CPUExecutionProvider'"):
+            runtime.session(RESNET, optimise=False, provider="CPUExecutionProvide")
 
     def test_a_missing_file(self, tmp_path: Path) -> None:
         with pytest.raises(BadInput, match="no such model file"):
@@ -270,6 +275,17 @@ def test_capabilities_asked_in_a_child_are_the_same() -> None:
     from graphc.probe import ask
 
     assert ask(isolated=True) == runtime.capabilities()
+
+
+def test_what_a_crash_leaves_unanswered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gpu wheel without CUDA crashes when it is asked for its kernels, the last question."""
+    from graphc import probe
+
+    answered = subprocess.CompletedProcess([], -11, stdout='noise\n{"max_ir": 12}\n{"providers": ["A"]}\n')
+    monkeypatch.setattr("subprocess.run", lambda *args, **kwargs: answered)
+    found = probe.ask(isolated=True)
+    assert (found.max_ir, found.providers, found.kernels) == (12, ("A",), frozenset())
+    assert found.max_opset[""] == 21
 
 
 class _Sleeper(Runnable):

@@ -173,6 +173,7 @@ REFUSED = {
     "training-unread": (8, "g (float[2,3] x, float[3] s) => (float[2,3] y) "
                            "{ y, m, v = BatchNormalization(x, s, s, s, s) }", "training mode"),
     "mask": (10, "g (float[2,3] x) => (float[2,3] y, bool[2,3] m) { y, m = Dropout(x) }", "mask is used"),
+    "is-test": (6, "g (float[2,3] x) => (float[2,3] y) { y = Dropout(x) }", "is_test=0"),
     "channels": (18, "g (float[n,c,4] x, float[2] s) => (float[n,c,4] y) "
                      "{ y = GroupNormalization<num_groups=2>(x, s, s) }", "number of channels"),
 }  # fmt: skip
@@ -235,6 +236,26 @@ def test_initializers_listed_as_inputs_are_dropped_only_where_they_had_to_be(tmp
     new = source(tmp_path, 9, text, ir_version=4)
     assert [v.name for v in new.model.graph.inputs] == ["x", "w"]
     assert "w" in new.model.graph.initializers
+
+
+PYTORCH = Path(onnx.__file__).parent / "backend" / "test" / "data"
+OPSET_6 = sorted(path.parent for kind in ("operator", "converted") for path in PYTORCH.glob(f"pytorch-{kind}/*/*.onnx"))
+
+
+@pytest.mark.parametrize("folder", OPSET_6, ids=lambda folder: folder.name)
+def test_models_of_pytorch_in_2017(folder: Path) -> None:
+    """Opset 6, for which ONNX Runtime has no kernels; ONNX ships the outputs that PyTorch computed."""
+    loaded = load(folder / "model.onnx")
+    assert not loaded.result.refusals
+    assert loaded.model.opset_imports[""] == 21
+    arrays = {}
+    for kind in ("input", "output"):
+        for path in sorted((folder / "test_data_set_0").glob(f"{kind}_*.pb")):
+            tensor = onnx.TensorProto.FromString(path.read_bytes())
+            arrays[path.stem] = onnx.numpy_helper.to_array(tensor)
+    feeds = {v.name: arrays[f"input_{i}"] for i, v in enumerate(loaded.model.graph.inputs)}
+    for i, found in enumerate(run(models.serialize(loaded.model), feeds)):
+        np.testing.assert_allclose(found, arrays[f"output_{i}"], rtol=1e-3, atol=1e-5)
 
 
 @settings(max_examples=25, deadline=None)

@@ -92,7 +92,7 @@ class Application:
             self._bind(pattern.indexes, axis, value)
             self.consumed.append(value)
         if pattern.whole:
-            for axis in trace.axes_of(value) or ():
+            for axis in trace.axes_of(value, self.node) or ():
                 self.fixed.append((axis, value, "whole"))
             return
         if pattern.free:
@@ -100,7 +100,7 @@ class Application:
         if not pattern.terms:
             trace.whole.setdefault(value, self.node)
             return
-        axes = trace.axes_of(value)
+        axes = trace.axes_of(value, self.node)
         if axes is None:
             raise NoRule(f"the rank of '{value.name}' is unknown")
         terms = pattern.terms

@@ -130,21 +130,20 @@ def zero(model: ir.Model, groups: Groups, keep: Masks) -> PassResult:
     selection, chosen = _selection(model, groups, keep)
     result = PassResult()
     trace = groups.trace
-    zeroed: dict[ir.Value, list[Axis]] = {}
+    zeroed: dict[tuple[ir.Value, ir.Node | None], list[Axis]] = {}
     for group in chosen:
         if group.neutral != 0.0:
             _bar(trace, selection, group.leaf)
         for place in group.places:
             if place.role != "carries":
-                zeroed.setdefault(place.value, []).append(place.tree)
-    for value, trees in zeroed.items():
-        axes = trace.axes[value] or ()
+                zeroed.setdefault((place.value, place.reader), []).append(place.tree)
+    names = edit.Names(model)
+    for (value, reader), trees in zeroed.items():
+        axes = (trace.axes[value] if reader is None else trace.copies[value, reader]) or ()
         old = edit.tensor(value)
         if old is not None:
-            write(
-                value,
-                _lazy(old, tuple(old.shape.numpy()), partial(_dead, selection, axes, trees)),
-            )
+            changed = _lazy(old, tuple(old.shape.numpy()), partial(_dead, selection, axes, trees))
+            write(value, changed, reader=reader, names=names)
     for group in chosen:
         result.change(f"{group.kind} units zeroed", group.size - _kept(keep[group.name]))
     return result
@@ -197,8 +196,28 @@ def _lazy(old: ir.TensorProtocol, shape: tuple[int, ...], change: Callable[[Arra
     return ir.LazyTensor(read, dtype=old.dtype, shape=ir.Shape(shape), name=old.name, cache=False)
 
 
-def write(value: ir.Value, tensor: ir.TensorProtocol) -> None:
-    """Let a constant (an initializer or the output of a Constant node) hold another tensor."""
+def write(
+    value: ir.Value,
+    tensor: ir.TensorProtocol,
+    *,
+    reader: ir.Node | None = None,
+    names: edit.Names | None = None,
+) -> None:
+    """Let a constant (an initializer or the output of a Constant node) hold another tensor.
+
+    Args:
+        value: The constant.
+        tensor: What it holds from now on.
+        reader: Change it for this node only; the others keep what they read.
+        names: For the copy of a constant that others keep reading; needed with ``reader``.
+    """
+    if reader is not None and any(use.node is not reader for use in value.uses()):
+        assert names is not None and reader.graph is not None
+        copy = edit.initializer(reader.graph, tensor, names.fresh(value.name or "copy"))
+        for use in list(value.uses()):
+            if use.node is reader:
+                reader.replace_input_with(use.idx, copy)
+        return
     if value.is_initializer():
         value.const_value = tensor
     else:
@@ -231,13 +250,12 @@ class _Surgery:
     def constants(self) -> int:
         """Slice all constants; returns how many."""
         count = 0
-        for value in self.trace.order:
-            axes = self.trace.axes[value] or ()
+        for value, reader, axes in list(self.trace.constants()):
             old = edit.tensor(value)
             if old is None or not any(self.selection.touches(axis) for axis in axes):
                 continue
             shape = tuple(int(self.selection.size(axis)) for axis in axes)  # type: ignore[arg-type]
-            write(value, _lazy(old, shape, partial(self.selection.take, axes)))
+            write(value, _lazy(old, shape, partial(self.selection.take, axes)), reader=reader, names=self.names)
             count += 1
         return count
 
@@ -343,10 +361,13 @@ class _Surgery:
                 continue
             if not any(self.selection.touches(axis) for axis in axes):
                 continue
-            dims = []
+            dims: list[int | ir.SymbolicDim] = []
             for dim, axis in zip(value.shape, axes, strict=True):
                 size = self.selection.size(axis)
-                dims.append(size if isinstance(size, int) and self.selection.touches(axis) else dim)
+                if not self.selection.touches(axis):
+                    dims.append(dim)
+                else:
+                    dims.append(size if isinstance(size, int) else ir.SymbolicDim(None))
             value.shape = ir.Shape(dims)
 
 

@@ -48,19 +48,20 @@ def zeros(trace: Trace, key: Callable[[Axis], Axis]) -> dict[ir.Value, frozenset
     held: dict[ir.Value, frozenset[Axis]] = {}
     along: dict[ir.Value, frozenset[Axis]] = {}
 
-    def has(value: ir.Value | None) -> frozenset[Axis]:
-        if value is None:
-            return frozenset()
+    def has(value: ir.Value) -> frozenset[Axis]:
         if value not in along:
-            axes = trace.axes.get(value) or ()
-            along[value] = frozenset(key(leaf) for axis in axes for leaf in leaves(axis))
+            axes = trace.copies.get((value, node)) or trace.axes.get(value) or ()
+            found = frozenset(key(leaf) for axis in axes for leaf in leaves(axis))
+            if (value, node) in trace.copies:
+                return found
+            along[value] = found
         return along[value]
 
     def zero(value: ir.Value | None) -> frozenset[Axis]:
         if value is None:
             return frozenset()
         if value not in held and value in trace.order:
-            held[value] = has(value)
+            return has(value)
         return held.get(value, frozenset())
 
     for node in trace.graph:

@@ -19,9 +19,13 @@ from graphc import edit
 from graphc.axes.algebra import Axis, Kind, digits, find, leaves, siblings, terms
 from graphc.axes.exactness import zeros
 from graphc.axes.kinds import Signals
-from graphc.axes.trace import INTEGERS, Fact, Trace, node_name
+from graphc.axes.trace import INTEGERS, Axes, Fact, Trace, node_name
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+
+Constant = tuple[ir.Value, ir.Node | None, Axes]
+"""A constant, the reader whose own copy it is (None: everybody's), and its axes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +35,7 @@ class Place:
     Attributes:
         value: The constant: an initializer, or the output of a Constant or ConstantOfShape node.
         axis: Which of its axes.
+        reader: The node whose own copy of a shared constant this is; None if all readers are meant.
         role: ``"produces"``: zeros here make the unit zero. ``"consumes"``: zeros here make the reader ignore it.
             ``"carries"``: it is cut along, but its zeros mean nothing (variances, divisors, scales, tables).
         offset, stride, outer: Unit ``u`` lies at ``offset + o * size * stride + u * stride + i`` for ``o < outer``
@@ -45,6 +50,7 @@ class Place:
     stride: int
     outer: int
     tree: Axis
+    reader: ir.Node | None
     _numbers: dict[Axis, int] | None
     _leaf: Axis
 
@@ -213,7 +219,8 @@ class Groups:
     def _along(self, group: Group, place: Place, leaf: Axis) -> tuple[int, Array]:
         if leaf is group.leaf:
             return place.axis, place.units
-        axes = self.trace.axes[place.value] or ()
+        shared = None if place.reader is None else self.trace.at(place.value, place.reader)
+        axes = shared or self.trace.axes[place.value] or ()
         order = [place.axis, *(i for i in range(len(axes)) if i != place.axis)]
         for axis in order:
             if any(found is leaf for found in leaves(axes[axis])):
@@ -290,13 +297,15 @@ class _Builder:
         self.trace = out.trace
         self.key: dict[Axis, Axis] = {}
         self.members: dict[Axis, dict[Axis, int]] = {}
+        self.names: set[str] = set()
 
     def run(self) -> None:
         self._ties()
         by_leaf = self._facts()
         self.signals = Signals(self.trace, self._key)
         self.zeros = zeros(self.trace, self._key)
-        constants = [v for v in self.trace.axes if v in self.trace.order or self._generated(v)]
+        constants = list(self.trace.constants())
+        constants += [(v, None, axes) for v, axes in self.trace.axes.items() if axes and self._generated(v)]
         places = self._places(constants)
         roles = self._roles()
         outer = self._ragged([leaf for leaf in places if leaf not in self.out._reasons])
@@ -306,8 +315,8 @@ class _Builder:
             if leaf in self.out._reasons:
                 continue
             built = [
-                Place(v, a, roles.get((v, leaf), "produces"), off, st, ou, tree, self.members.get(leaf), leaf)
-                for v, a, tree, off, st, ou, _ in found
+                Place(v, a, roles.get((v, leaf), "produces"), off, st, ou, tree, by, self.members.get(leaf), leaf)
+                for v, by, a, tree, off, st, ou, _ in found
             ]
             built.sort(key=lambda p: order.get(p.value, len(order)))
             drafts.append((leaf, built, self._name(leaf, built, found)))
@@ -320,7 +329,7 @@ class _Builder:
 
     def _generated(self, value: ir.Value) -> bool:
         producer = value.producer()
-        return edit.is_op(producer, "ConstantOfShape") and self.trace.axes[value] is not None
+        return edit.is_op(producer, "ConstantOfShape") and value not in self.trace.known
 
     def _ties(self) -> None:
         """Single positions belong to the leaf that they came from; leaves that share one are one group."""
@@ -364,13 +373,11 @@ class _Builder:
         size = len(self.members[leaf]) if leaf in self.members else leaf.size
         return size if isinstance(size, int) else None
 
-    def _places(
-        self, constants: list[ir.Value]
-    ) -> dict[Axis, list[tuple[ir.Value, int, Axis, int, int, int, tuple[int, ...]]]]:
-        """By leaf: constant, axis, tree, offset, stride, outer, path within the tree. One entry a (constant, axis)."""
+    def _places(self, constants: list[Constant]) -> dict[Axis, list[Any]]:
+        """By leaf, once a (constant, axis): constant, reader, axis, tree, offset, stride, outer, path in the tree."""
         found: dict[Axis, list[Any]] = defaultdict(list)
-        for value in constants:
-            for i, tree in enumerate(self.trace.axes[value] or ()):
+        for value, reader, axes in constants:
+            for i, tree in enumerate(axes):
                 seen: set[Axis] = set()
                 for leaf, offset, stride, outer, path in _occurrences(tree):
                     key = self._key(leaf)
@@ -378,7 +385,7 @@ class _Builder:
                     if key in seen or size is None or size < 2:
                         continue
                     seen.add(key)
-                    found[key].append((value, i, tree, offset, stride, outer, path))
+                    found[key].append((value, reader, i, tree, offset, stride, outer, path))
         return found
 
     def _roles(self) -> dict[tuple[ir.Value, Axis], str]:
@@ -403,9 +410,13 @@ class _Builder:
 
     def _name(self, leaf: Axis, places: list[Place], found: list[Any]) -> str:
         first = self._first(places)
-        path = next(entry[6] for entry in found if entry[0] is first.value and entry[1] == first.axis)
-        part = "".join(f".{i}" for i in path)
-        return f"{first.value.name}:{first.axis}{part}"
+        path = next(e[-1] for e in found if e[0] is first.value and e[1] is first.reader and e[2] == first.axis)
+        name = f"{first.value.name}:{first.axis}" + "".join(f".{i}" for i in path)
+        unique = name
+        if name in self.names and first.reader is not None:
+            unique = f"{name}@{node_name(first.reader)}"
+        self.names.add(unique)
+        return unique
 
     def _ragged(self, free: list[Axis]) -> dict[Axis, tuple[Axis, ...]]:
         """For each leaf the leaves beside it wherever it occurs: its indices may differ from block to block."""
@@ -414,7 +425,7 @@ class _Builder:
             find(axis) for axis in self.key
         }
         beside: dict[Axis, set[Axis]] = {}
-        for axes in self.trace.axes.values():
+        for axes in (*self.trace.axes.values(), *self.trace.copies.values()):
             if not axes:
                 continue
             direct = [[d for d in digits(axis) if d.kind is Kind.LEAF] for axis in axes]
@@ -446,8 +457,9 @@ class _Builder:
     def _first_seen(self, wanted: Iterable[Axis]) -> list[Axis]:
         """Leaves in the order of their first occurrence in constants, then in any value."""
         ordered: dict[Axis, None] = {}
-        for value in (*self.trace.order, *self.trace.axes):
-            for axis in self.trace.axes[value] or ():
+        constants = (axes for _, _, axes in self.trace.constants())
+        for axes in (*constants, *self.trace.axes.values()):
+            for axis in axes or ():
                 ordered.update(dict.fromkeys(leaves(axis)))
         return [*ordered, *(leaf for leaf in wanted if leaf not in ordered)]
 
@@ -529,12 +541,12 @@ class _Builder:
                 found.update(dict.fromkeys(dead[:1] or operands))
         return tuple(found)
 
-    def _fixed(self, constants: list[ir.Value]) -> None:
-        for value in constants:
+    def _fixed(self, constants: list[Constant]) -> None:
+        for value, _, axes in constants:
             tensor = edit.tensor(value)
             if tensor is None or tensor.dtype in INTEGERS:
                 continue
-            for i, tree in enumerate(self.trace.axes[value] or ()):
+            for i, tree in enumerate(axes):
                 seen: set[Axis] = set()
                 single = [leaf for leaf in leaves(tree) if leaf.size == 1 and self._key(leaf) is leaf]
                 if len(single) > 1:

@@ -55,8 +55,8 @@ class Signals:
             self._node(node, application)
         heads = {leaf for leaf, found in self.of.items() if "batch" in found}
         dims = {leaf for leaf, found in self.of.items() if "multiplied" in found}
-        for value in trace.order:
-            self._inside(list(trace.axes[value] or ()), heads, dims)
+        for _, _, axes in trace.constants():
+            self._inside(list(axes), heads, dims)
 
     def kind(self, leaf: Axis, normalisers: Iterable[str]) -> str:
         """The kind of a leaf whose units the given kinds of normalisers count."""
@@ -113,7 +113,7 @@ class Signals:
             for axis in trace.axes.get(node.outputs[0]) or ():
                 for leaf in leaves(axis):
                     self.added[self.key(leaf)].append(node)
-        scaled = op in ("Mul", "Div") and any(v in trace.roots and not trace.axes[v] for v in node.inputs if v)
+        scaled = op in ("Mul", "Div") and any(v in trace.roots and not trace.at(v, node) for v in node.inputs if v)
         if op not in LINEAR and not scaled and not all(o in trace.roots for o in node.outputs):
             for out in node.outputs:
                 self._add("bent", trace.axes.get(out) or ())

@@ -72,8 +72,10 @@ class Operands:
     def _size(self, axis: Axis) -> Size:
         return self.selection.size(axis)
 
-    def _sizes(self, value: ir.Value | None) -> list[Size]:
+    def _sizes(self, value: ir.Value | None, reader: ir.Node | None = None) -> list[Size]:
         axes = None if value is None else self.trace.axes.get(value)
+        if value is not None and reader is not None:
+            axes = self.trace.at(value, reader)
         return [self._size(axis) for axis in axes or ()]
 
     def _current(self, value: ir.Value | None) -> symbolic.Known | None:
@@ -87,7 +89,7 @@ class Operands:
         if node.op_type == "Constant":
             return True
         if node.op_type in ("Shape", "Size"):
-            self.now[node.outputs[0]] = symbolic.shape(node, self._sizes(node.inputs[0]))
+            self.now[node.outputs[0]] = symbolic.shape(node, self._sizes(node.inputs[0], node))
             return True
         if not any(v in self.now for v in node.inputs if v is not None):
             return True
@@ -144,7 +146,7 @@ class Operands:
         if held is None or len(wanted) != held.size:
             return (1,)
         current = symbolic.sizes(held)
-        before = self._sizes(node.inputs[0])
+        before = self._sizes(node.inputs[0], node)
         resolved: list[Size | None] = []
         for i, size in enumerate(current):
             if isinstance(size, Sym) or size > 0 or (size == 0 and edit.attribute(node, "allowzero", 0)):
@@ -239,7 +241,7 @@ class Operands:
 
     def _expand(self, node: ir.Node) -> Sequence[int]:
         held = self._current(node.inputs[1])
-        wanted, before = self._sizes(node.outputs[0]), self._sizes(node.inputs[0])
+        wanted, before = self._sizes(node.outputs[0]), self._sizes(node.inputs[0], node)
         if held is None or held.size > len(wanted):
             return (1,)
         current = symbolic.sizes(held)
@@ -262,7 +264,7 @@ class Operands:
     def _tile(self, node: ir.Node) -> Sequence[int]:
         held = self._current(node.inputs[1])
         if held is not None and self._changed(node.outputs[0]):
-            after, before = self._sizes(node.outputs[0]), self._sizes(node.inputs[0])
+            after, before = self._sizes(node.outputs[0]), self._sizes(node.inputs[0], node)
             counts = [divide(a, b) for a, b in zip(after, before, strict=True)]
             if counts != symbolic.sizes(held) and all(isinstance(c, int) for c in counts):
                 self.plan.append((node, 1, counts))
@@ -337,7 +339,7 @@ class Operands:
     def _slice(self, node: ir.Node) -> Sequence[int]:
         """New bounds for contiguous parts; strided and reversed slices of whole axes keep theirs."""
         handled = (1, 2, 3, 4)
-        source = self.trace.axes.get(node.inputs[0]) if node.inputs[0] is not None else None
+        source = self.trace.at(node.inputs[0], node) if node.inputs[0] is not None else None
         if not source or len(node.inputs) < 3:
             return handled
         starts, ends = self._current(node.inputs[1]), self._current(node.inputs[2])
@@ -367,7 +369,7 @@ class Operands:
     def _gather(self, node: ir.Node) -> Sequence[int]:
         """Constant indices along a cut axis point to the new positions."""
         data = node.inputs[0]
-        axes = self.trace.axes.get(data) if data is not None else None
+        axes = self.trace.at(data, node) if data is not None else None
         indices = edit.constant(node.inputs[1])
         if not axes or indices is None or indices.ndim != 1:
             return (1,)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -26,6 +26,14 @@ PASS_INDICES = words(
 
 INTEGERS = frozenset({ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL})
 """Types of shapes, indices and conditions; other constants are data."""
+
+
+VECTOR = 1 << 16
+"""Elements up to which a vector that several nodes read may be copied for each of them."""
+
+
+PARTIAL = words("Slice Split Gather SplitToSequence GatherND GatherElements If Loop Scan")
+"""Operators that may read a part of a constant: several of them share it for another reason than equal values."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,7 @@ class Trace:
 
     Attributes:
         axes: By value; None where not even the rank is known.
+        copies: By small constant and reader, where every reader may have its own copy.
         known: What small integer tensors hold.
         facts: What nodes say about axes.
         indexes: By value: the axis that its elements are indices of.
@@ -78,6 +87,7 @@ class Trace:
         self.graph = model.graph
         self.interface = interface
         self.axes: dict[ir.Value, Axes | None] = {}
+        self.copies: dict[tuple[ir.Value, ir.Node], Axes] = {}
         self.known: dict[ir.Value, symbolic.Known] = {}
         self._constants: dict[ir.Value, ir.DataType] = {}
         self.facts: list[Fact] = []
@@ -113,11 +123,23 @@ class Trace:
 
     # Values
 
-    def axes_of(self, value: ir.Value) -> Axes | None:
-        """The axes of a value; those of constants, inputs and captured values are made when first asked for."""
+    def axes_of(self, value: ir.Value, reader: ir.Node | None = None) -> Axes | None:
+        """The axes of a value; those of constants, inputs and captured values are made when first asked for.
+
+        A small vector that several nodes read (exporters store equal biases once) has axes of its own at each of
+        them: a cut then gives each reader its own copy.
+        """
         if value in self.axes:
             return self.axes[value]
+        if reader is not None and (value, reader) in self.copies:
+            return self.copies[value, reader]
         tensor = edit.tensor(value)
+        if reader is not None and tensor is not None and self._is_shared(value, tensor):
+            self.roots[value] = (value,)
+            self.order.setdefault(value)
+            copy = tuple(Axis(int(d)) for d in tensor.shape.numpy())
+            self.copies[value, reader] = copy
+            return copy
         if tensor is not None:
             made: Axes | None = tuple(Axis(int(d)) for d in tensor.shape.numpy())
             self.roots[value] = (value,)
@@ -129,6 +151,30 @@ class Trace:
             made = self.declared(value)
         self.axes[value] = made
         return made
+
+    @staticmethod
+    def _is_shared(value: ir.Value, tensor: ir.TensorProtocol) -> bool:
+        """Whether a constant is cheaper copied than kept equal for all of its readers."""
+        if tensor.size > VECTOR or tensor.dtype in INTEGERS or sum(1 for d in tensor.shape.numpy() if d != 1) != 1:
+            return False
+        readers = {use.node for use in value.uses()}
+        return len(readers) > 1 and not value.is_graph_output() and all(n.op_type not in PARTIAL for n in readers)
+
+    def at(self, value: ir.Value, reader: ir.Node) -> Axes | None:
+        """The axes of a value as a node reads it, if they were asked for."""
+        found = self.copies.get((value, reader))
+        return self.axes.get(value) if found is None else found
+
+    def constants(self) -> Iterator[tuple[ir.Value, ir.Node | None, Axes]]:
+        """All constants with their axes, in the order of their first use; with the reader of each copy."""
+        copies: dict[ir.Value, list[tuple[ir.Node, Axes]]] = {}
+        for (value, reader), axes in self.copies.items():
+            copies.setdefault(value, []).append((reader, axes))
+        for value in self.order:
+            if whole := self.axes.get(value):
+                yield value, None, whole
+            for reader, axes in copies.get(value, ()):
+                yield value, reader, axes
 
     def declared(self, value: ir.Value) -> Axes | None:
         """New axes of the sizes that the model declares for a value; dynamic ones are symbols."""
@@ -242,7 +288,7 @@ class Trace:
             for axes in self.sequences.get(value, ()) if value is not None else ():
                 self.fix(axes, reason, node, value)
             if value is not None:
-                self.fix(self.axes_of(value) or (), reason, node, value)
+                self.fix(self.axes_of(value, node) or (), reason, node, value)
         for graph in edit.subgraphs(node):
             for value in _captured(graph):
                 self.fix(self.axes_of(value) or (), f"read in a body of {node.op_type}", node, value)
@@ -267,7 +313,9 @@ class Trace:
         self._consumed = application.consumed
         self.bound[node] = application
 
-    def _sizes(self, value: ir.Value) -> list[Size] | None:
+    def _sizes(self, value: ir.Value) -> Sequence[Size] | None:
+        if value not in self.axes and (tensor := edit.tensor(value)) is not None:
+            return tensor.shape.numpy()
         axes = self.axes_of(value)
         return None if axes is None else [axis.size for axis in axes]
 

@@ -29,7 +29,7 @@ def _gelu(x: Array, approximate: str = "none") -> Array:
         gate: Array = np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
     else:
         gate = _erf(x / math.sqrt(2))
-    return np.multiply(0.5 * x, 1 + gate)
+    return np.asarray(0.5 * x * (1 + gate))
 
 
 def _fixed(function: Callable[[Array], Array]) -> Callable[[ir.Node], Callable[[Array], Array]]:

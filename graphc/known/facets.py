@@ -90,9 +90,9 @@ def reshape(facet: Facet, old: Shape, new: Shape) -> Facet:
     full, target = [1] * len(old), [1] * len(new)
     for before, after in _blocks(old, new):
         if any(facet.shape[i] != 1 for i in before):
-            for sizes, positions, result in ((old, before, full), (new, after, target)):
+            for shape, positions, result in ((old, before, full), (new, after, target)):
                 for position in positions:
-                    size = sizes[position]
+                    size = shape[position]
                     assert isinstance(size, int)
                     result[position] = size
     return np.broadcast_to(facet, full).reshape(target)
@@ -127,51 +127,61 @@ def contract(a: Facets, b: Facets, spec: tuple[str, str, str], sizes: dict[str, 
         sizes: The true size of each summed letter; None or a polynomial where it is not a number.
     """
     left, right, out = spec
-    summed = [letter for letter in dict.fromkeys(left + right) if letter not in out]
-    nothing_a, nothing_b = np.full((1,) * len(left), np.nan), np.full((1,) * len(right), np.nan)
     results = []
-    for x, y in itertools.product(a or (nothing_a,), b or (nothing_b,)):
-        uncounted = False
-        for letter in summed:
-            size = sizes.get(letter)
-            lengths = {f.shape[s.index(letter)] for f, s in ((x, left), (y, right)) if letter in s}
-            if lengths == {1} and size != 1:
-                if isinstance(size, int):
-                    x, y = _spread(x, left, letter, size), _spread(y, right, letter, size)
-                else:
-                    uncounted = True
-        x, y = (np.where(np.isinf(f), np.nan, f) for f in (x, y))
-        x, y, shapes = _together(x, left, y, right)
-        if shapes > 4 * LARGEST:
+    for x, y in itertools.product(a or (_unknown(left),), b or (_unknown(right),)):
+        p, q = _Factor(x, left), _Factor(y, right)
+        repeated = [c for c in dict.fromkeys(left + right) if c not in out and c not in p.letters + q.letters]
+        counts = [sizes.get(letter) for letter in repeated]
+        p.sum_alone(q.letters + out)
+        q.sum_alone(p.letters + out)
+        spread = [c for c in out if c in p.letters + q.letters]
+        if np.prod([p.length(c) or q.length(c) for c in {*p.letters, *q.letters}], dtype=float) > 4 * LARGEST:
             continue
-        unknown_x, unknown_y = np.isnan(x), np.isnan(y)
-        equation = f"{left},{right}->{out}"
-        some_x = (~unknown_x & (x != 0)).astype(np.float64)
-        open_terms = np.einsum(equation, unknown_x.astype(np.float64), (y != 0).astype(np.float64))
-        open_terms = open_terms + np.einsum(equation, some_x, unknown_y.astype(np.float64))
-        value = np.einsum(equation, np.where(unknown_x, 0.0, x), np.where(unknown_y, 0.0, y))
-        known = open_terms == 0
-        if uncounted:
-            # The number of terms is not known: only a sum of zeros is.
-            terms = np.einsum(equation, some_x, (~unknown_y & (y != 0)).astype(np.float64))
-            known &= terms == 0
-        results.append(np.where(known, value, np.nan))
+        equation = f"{p.letters},{q.letters}->{''.join(spread)}"
+        known = np.einsum(equation, p.unknown, q.unknown + q.nonzero) + np.einsum(equation, p.nonzero, q.unknown) == 0
+        value = np.einsum(equation, p.value, q.value)
+        for count in counts:
+            if isinstance(count, int):
+                value = value * count
+            else:
+                # The number of equal terms is not known: only a sum of zeros is.
+                known = known & (np.einsum(equation, p.nonzero, q.nonzero) == 0)
+        shape = [p.length(c) or q.length(c) or 1 for c in out]
+        results.append(np.where(known, value, np.nan).reshape(shape))
     return tidy(results)
 
 
-def _spread(facet: Facet, letters: str, letter: str, size: int) -> Facet:
-    if letter not in letters:
-        return facet
-    return np.repeat(facet, size, axis=letters.index(letter))
+def _unknown(letters: str) -> Facet:
+    return np.full((1,) * len(letters), np.nan)
 
 
-def _together(x: Facet, left: str, y: Facet, right: str) -> tuple[Facet, Facet, float]:
-    """Both operands with the letters that they share at equal lengths, and the size of the whole sum."""
-    lengths: dict[str, int] = {}
-    for facet, letters in ((x, left), (y, right)):
-        for letter, length in zip(letters, facet.shape, strict=True):
-            lengths[letter] = max(lengths.get(letter, 1), length)
-    shared = set(left) & set(right)
-    x = np.broadcast_to(x, [lengths[c] if c in shared else n for c, n in zip(left, x.shape, strict=True)])
-    y = np.broadcast_to(y, [lengths[c] if c in shared else n for c, n in zip(right, y.shape, strict=True)])
-    return x, y, float(np.prod(list(lengths.values()), dtype=float))
+class _Factor:
+    """One factor of a sum of products: its letters of full length, and three indicators over them.
+
+    Attributes:
+        letters: The letters whose axis is not of length 1.
+        value: What is known, 0 elsewhere.
+        unknown: 1 where nothing is known.
+        nonzero: 1 where something other than zero is known.
+    """
+
+    def __init__(self, facet: Facet, letters: str) -> None:
+        self.letters = "".join(c for c, n in zip(letters, facet.shape, strict=True) if n != 1)
+        flat = facet.reshape([n for n in facet.shape if n != 1])
+        finite = np.isfinite(flat)
+        self.value = np.where(finite, flat, 0.0)
+        self.unknown = (~finite).astype(np.float64)
+        self.nonzero = (finite & (flat != 0)).astype(np.float64)
+
+    def length(self, letter: str) -> int:
+        """The length of a letter's axis, 0 if it has none."""
+        return self.value.shape[self.letters.index(letter)] if letter in self.letters else 0
+
+    def sum_alone(self, others: str) -> None:
+        """Sum over the letters that nobody else has."""
+        alone = tuple(i for i, c in enumerate(self.letters) if c not in others)
+        if alone:
+            self.value, self.unknown, self.nonzero = (
+                np.asarray(x.sum(axis=alone)) for x in (self.value, self.unknown, self.nonzero)
+            )
+            self.letters = "".join(c for c in self.letters if c in others)

@@ -6,143 +6,18 @@ but with zero padding, which comes after the shift, only a scale folds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import onnx_ir as ir
 
 from graphc import edit
 from graphc.edit import Array
-from graphc.rewrites import affine as affines
 from graphc.rewrites import linear as linears
-from graphc.rewrites import views
-from graphc.rewrites.affine import Affine, affine
-from graphc.rewrites.base import Refused, Rewriter, Rule, sole_reader
+from graphc.rewrites import neighbours, views
+from graphc.rewrites.affine import affine
+from graphc.rewrites.base import Refused, Rewriter, Rule
 from graphc.rewrites.linear import Linear, linear
+from graphc.rewrites.neighbours import Neighbours
 from graphc.rewrites.weights import rounded
-
-
-@dataclass(frozen=True)
-class _Chain:
-    """Affine maps in a row next to a linear map, as one: ``y = x * scale + shift`` along its channels.
-
-    Attributes:
-        maps: From the first computed to the last.
-        scale: float64, of shape () or (channels,).
-        shift: Likewise.
-        stopped: Where and why it does not go on, if it stops at what might have been a part of it.
-    """
-
-    maps: tuple[Affine, ...]
-    scale: Array
-    shift: Array
-    stopped: tuple[ir.Node, str] | None = None
-
-
-def rule_name(kind: Linear, part: Affine, *, before: bool) -> str:
-    """The name of the rule that folds this affine map into this linear map."""
-    what, into = "bn" if part.is_batchnorm else "affine", "conv" if kind.is_conv else "matmul"
-    return f"{what}-{into}" if before else f"{into}-{what}"
-
-
-def _check_place(part: Affine, rank: int, axis: int, channels: int) -> None:
-    here = part.axis_in(rank)
-    if here is not None and here != axis:
-        raise Refused("the constant does not vary along the channels")
-    if part.size not in (1, channels):
-        raise Refused("the constant broadcasts the result to more channels")
-
-
-def _after(kind: Linear, rewriter: Rewriter) -> _Chain:
-    """The affine maps that follow a linear map, through views, as far as nobody else reads in between."""
-    maps: list[Affine] = []
-    scale, shift = np.asarray(1.0), np.asarray(0.0)
-    value, rank, axis = kind.node.outputs[0], 0, 0
-    node = kind.node
-    while True:
-        readers = value.consumers()
-        if not any(views.is_view(n) or edit.is_op(n, *affines.OPERATORS) for n in readers):
-            return _Chain(tuple(maps), scale, shift)
-        try:
-            node = readers[0]
-            part = None if views.is_view(node) else affine(node)
-            if part is None and not views.is_view(node):
-                return _Chain(tuple(maps), scale, shift)
-            sole_reader(value)
-            if rank == 0:
-                # A product of unknown rank has an axis of channels at least.
-                rank = kind.rank or rewriter.rank(value) or 1
-                axis = kind.axis % rank
-            if part is None:
-                moved = views.forward(node, rank, axis)
-                if moved is None:
-                    return _Chain(tuple(maps), scale, shift)
-                rank, axis = moved
-            else:
-                if rule_name(kind, part, before=False) not in rewriter.enabled:
-                    return _Chain(tuple(maps), scale, shift)
-                _check_place(part, rank, axis, kind.channels)
-                maps.append(part)
-                scale, shift = scale * part.scale, shift * part.scale + part.shift
-            value = node.outputs[0]
-        except Refused as refusal:
-            stopped = None if views.is_view(node) else (node, refusal.reason)
-            return _Chain(tuple(maps), scale, shift, stopped)
-
-
-def _before(kind: Linear, rewriter: Rewriter) -> _Chain:
-    """The affine maps that lead to a linear map, through views, as far as nobody else reads in between."""
-    maps: list[Affine] = []
-    scale, shift = np.asarray(1.0), np.asarray(0.0)
-    value, rank, axis = kind.node.inputs[0], 0, 0
-    while True:
-        node = value.producer() if value is not None else None
-        if node is None or not (views.is_view(node) or edit.is_op(node, *affines.OPERATORS)):
-            return _Chain(tuple(maps), scale, shift)
-        assert value is not None
-        try:
-            part = None if views.is_view(node) else affine(node)
-            if part is None and not views.is_view(node):
-                return _Chain(tuple(maps), scale, shift)
-            if part is not None and rule_name(kind, part, before=True) not in rewriter.enabled:
-                return _Chain(tuple(maps), scale, shift)
-            sole_reader(value)
-            if rank == 0:
-                rank = kind.rank or rewriter.rank(value) or 1
-                axis = kind.axis_in % rank
-            if part is None:
-                moved = views.backward(node, rank, axis)
-                if moved is None:
-                    return _Chain(tuple(maps), scale, shift)
-                rank, axis = moved
-                value = node.inputs[0]
-            else:
-                _check_place(part, rank, axis, kind.channels_in)
-                if part.shift.any():
-                    _check_shift_before(kind)
-                if _is_normalisation(part.x):
-                    raise Refused("the scale belongs to a normalisation, which runtimes compute as a whole")
-                maps.insert(0, part)
-                scale, shift = scale * part.scale, shift + part.shift * scale
-                value = part.x
-        except Refused as refusal:
-            stopped = None if views.is_view(node) else (node, refusal.reason)
-            return _Chain(tuple(maps), scale, shift, stopped)
-
-
-def _is_normalisation(value: ir.Value) -> bool:
-    """Whether a value is a quotient by something computed, as in a layer or RMS normalisation written out."""
-    node = value.producer()
-    while edit.is_op(node, "Cast"):
-        assert node is not None and node.inputs[0] is not None
-        node = node.inputs[0].producer()
-    if not edit.is_op(node, "Div", "Mul"):
-        return False
-    assert node is not None
-    computed = [v.producer() for v in node.inputs if v is not None and edit.tensor(v) is None]
-    if len(computed) < 2:
-        return False
-    return node.op_type == "Div" or any(edit.is_op(n, "Reciprocal", "Div", "Pow", "Sqrt") for n in computed)
 
 
 def fold_after(node: ir.Node, rewriter: Rewriter) -> str | None:
@@ -150,99 +25,85 @@ def fold_after(node: ir.Node, rewriter: Rewriter) -> str | None:
     if node.op_type == "BatchNormalization":
         _check_unfolded(node)
         return None
-    candidates = node.outputs[0].consumers()
-    if not any(views.is_view(n) or edit.is_op(n, *affines.OPERATORS) for n in candidates):
+    if not any(map(neighbours.may_belong, node.outputs[0].consumers())):
         return None
-    chain: _Chain | None = None
     try:
         kind = linear(node)
-        if kind is None:
-            return None
-        chain = _after(kind, rewriter)
     except Refused:
-        if not _concerns(node, rewriter):
-            return None
-        raise
-    if chain.stopped is not None and not chain.maps:
-        raise Refused(chain.stopped[1], chain.stopped[0])
-    left = not kind.takes_bias and bool(chain.shift.any())
-    is_scale = bool((chain.scale != 1).any())
-    if not chain.maps or (left and not is_scale and len(chain.maps) == 1):
+        if any(map(_is_affine, node.outputs[0].consumers())):
+            raise
         return None
+    found = neighbours.after(kind, rewriter)
+    scale, shift = found.together()
+    is_scale, is_shift = bool((scale != 1).any()), bool(shift.any())
+    if not found.maps:
+        _check_stopped(found)
+        return None
+    if not kind.takes_bias and is_shift and not is_scale and len(found.maps) == 1:
+        return None  # an Add behind a MatMul is where its bias belongs
     kind.check_bias()
-    bias = None
-    if kind.takes_bias and (chain.shift.any() or (is_scale and kind.bias is not None)):
-        bias = kind.new_bias(chain.scale, chain.shift)
-    factor = kind.factor_out(chain.scale)
+    bias = kind.new_bias(scale, shift) if kind.takes_bias and (is_shift or kind.bias is not None) else None
+    factor = kind.factor_out(scale)
     kind.check(factor, bias)
     if is_scale:
-        _check_shared(kind, rewriter, chain.scale)
-    shift = rounded(chain.shift, kind.held.dtype, "shift") if left else None
-    kind.change(rewriter, factor, bias)
-    for part in reversed(chain.maps):
-        rewriter.bypass(part.node, part.x)
-    if shift is not None:
-        _shift_result(kind, rewriter, shift)
-    return f"{_what(chain)} folded into the {node.op_type} before it"
-
-
-def _concerns(node: ir.Node, rewriter: Rewriter) -> bool:
-    """Whether an affine map with constants follows a node."""
-    for reader in node.outputs[0].consumers():
-        try:
-            if affine(reader) is not None:
-                return True
-        except Refused:
-            return True
-    return False
+        _check_shared(kind, rewriter, scale)
+    left = None if kind.takes_bias or not is_shift else rounded(shift, kind.held.dtype, "shift")
+    _carry_out(kind, found, factor, bias, left, rewriter)
+    return f"{found.operators()} folded into the {node.op_type} before it"
 
 
 def fold_before(node: ir.Node, rewriter: Rewriter) -> str | None:
     """Fold what scales and shifts the input of a convolution or product into its weight and bias."""
-    producer = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
-    if producer is None or not (views.is_view(producer) or edit.is_op(producer, *affines.OPERATORS)):
+    source = node.inputs[0] if node.inputs else None
+    if source is None or not neighbours.may_belong(source.producer()):
         return None
     try:
         kind = linear(node)
     except Refused:
-        return None  # a product of two results; fold_after says why where a constant is near
-    if kind is None:
+        return None  # where a constant is near, fold_after says why
+    found = neighbours.before(kind, rewriter)
+    if not found.maps:
+        _check_stopped(found)
         return None
-    chain = _before(kind, rewriter)
-    if not chain.maps:
-        if chain.stopped is not None:
-            raise Refused(chain.stopped[1], chain.stopped[0])
-        return None
-    is_scale, is_shift = bool((chain.scale != 1).any()), bool(chain.shift.any())
-    bias = moved = None
-    if is_shift:
-        moved = kind.shift_out(chain.shift)
+    scale, shift = found.together()
+    bias = left = None
+    if shift.any():
+        moved = kind.shift_out(shift)
         if kind.takes_bias:
             kind.check_bias()
-            bias, moved = kind.new_bias(np.asarray(1.0), moved), None
-    factor = kind.factor_in(chain.scale)
+            bias = kind.new_bias(np.asarray(1.0), moved)
+        else:
+            left = rounded(moved, kind.held.dtype, "shift")
+    factor = kind.factor_in(scale)
     kind.check(factor, bias)
-    if is_scale:
+    if (scale != 1).any():
         _check_shared(kind, rewriter)
-    shift = None if moved is None else rounded(moved, kind.held.dtype, "shift")
+    _carry_out(kind, found, factor, bias, left, rewriter)
+    return f"{found.operators()} folded into the {node.op_type} after it"
+
+
+def _carry_out(
+    kind: Linear,
+    found: Neighbours,
+    factor: Array,
+    bias: Array | None,
+    left: ir.TensorProtocol | None,
+    rewriter: Rewriter,
+) -> None:
+    """Change weight and bias, remove the affine maps, and add what is left behind a product without bias."""
     kind.change(rewriter, factor, bias)
-    for part in reversed(chain.maps):
+    for part in reversed(found.maps):
         rewriter.bypass(part.node, part.x)
-    if shift is not None:
-        _shift_result(kind, rewriter, shift)
-    return f"{_what(chain)} folded into the {node.op_type} after it"
+    if left is not None:
+        stem = (kind.weight.name or "").removesuffix(".weight")
+        constant = rewriter.constant(kind.node, left, f"{stem}.bias")
+        rewriter.follow(kind.node.outputs[0], "Add", [constant])
 
 
-def _check_shift_before(kind: Linear) -> None:
-    if kind.node.op_type == "ConvTranspose":
-        raise Refused("a shift before a transposed convolution does not fold: the borders see less of it")
-    if not kind.unpadded():
-        raise Refused("a shift before a zero-padded convolution does not fold")
-    if kind.takes_bias:
-        return
-    readers = kind.node.outputs[0].consumers()
-    if len(readers) != 1 or kind.node.outputs[0].is_graph_output() or affine(readers[0]) is None:
-        raise Refused("a shift before a product without bias would only move behind it")
+def _check_stopped(found: Neighbours) -> None:
+    if found.stopped is not None:
+        node, reason = found.stopped
+        raise Refused(reason, node)
 
 
 def _check_shared(kind: Linear, rewriter: Rewriter, scale: Array | None = None) -> None:
@@ -257,41 +118,36 @@ def _check_shared(kind: Linear, rewriter: Rewriter, scale: Array | None = None) 
         Refused: The weight is big and others need it as it is.
     """
     others = [n for n in kind.weight.consumers() if n is not kind.node]
-    if kind.held.size <= edit.SMALL or not (others or kind.weight.is_graph_output()):
+    is_output = kind.weight.is_graph_output()
+    if kind.held.size <= edit.SMALL or not (others or is_output):
         return
-    if scale is not None and not kind.weight.is_graph_output():
-        try:
-            if all(_same_after(other, kind, scale, rewriter) for other in others):
-                return
-        except Refused:
-            pass
-    raise Refused(f"the weight is shared with {len(others)} other node{'s' if len(others) > 1 else ''}")
+    if scale is None or is_output or not all(_is_scaled_alike(other, kind, scale, rewriter) for other in others):
+        raise Refused(f"the weight is shared with {len(others)} other node{'s' if len(others) > 1 else ''}")
 
 
-def _same_after(other: ir.Node, kind: Linear, scale: Array, rewriter: Rewriter) -> bool:
-    """Whether another reader of the weight is certain to be scaled alike."""
-    twin = linear(other)
-    if twin is None or other.op_type != kind.node.op_type or twin.weight is not kind.weight:
+def _is_scaled_alike(other: ir.Node, kind: Linear, scale: Array, rewriter: Rewriter) -> bool:
+    """Whether another reader of the weight is certain to be scaled by as much."""
+    if other.op_type != kind.node.op_type or other.graph is not kind.node.graph:
         return False
-    if other.graph is not kind.node.graph:
+    try:
+        twin = linear(other)
+        twin.check_bias()
+    except Refused:
         return False
-    chain = _after(twin, rewriter)
-    twin.check_bias()
-    factor = twin.factor_out(chain.scale)
-    return bool(chain.maps) and np.array_equal(factor, kind.factor_out(scale))
+    found = neighbours.after(twin, rewriter)
+    return (
+        twin.weight is kind.weight
+        and bool(found.maps)
+        and np.array_equal(twin.factor_out(found.together()[0]), kind.factor_out(scale))
+    )
 
 
-def _shift_result(kind: Linear, rewriter: Rewriter, shift: ir.TensorProtocol) -> None:
-    """Add a constant to the result of a product that has no bias of its own."""
-    result = kind.node.outputs[0]
-    stem = (kind.weight.name or "").removesuffix(".weight")
-    constant = rewriter.constant(kind.node, shift, f"{stem}.bias")
-    rewriter.follow(result, "Add", [constant])
-
-
-def _what(chain: _Chain) -> str:
-    names = dict.fromkeys(part.node.op_type for part in chain.maps)
-    return ", ".join(names)
+def _is_affine(node: ir.Node) -> bool:
+    """Whether a node is an affine map, if perhaps one that cannot be folded."""
+    try:
+        return affine(node) is not None
+    except Refused:
+        return True
 
 
 def _check_unfolded(node: ir.Node) -> None:
@@ -305,7 +161,7 @@ def _check_unfolded(node: ir.Node) -> None:
         assert producer is not None
         producer = producer.inputs[0].producer() if producer.inputs[0] is not None else None
     if edit.is_op(producer, *linears.OPERATORS):
-        return  # folding it was tried there
+        return
     affine(node)
     what = producer.op_type if producer is not None else "an input of the graph"
     raise Refused(f"the BatchNormalization follows {what}, not a convolution or product")

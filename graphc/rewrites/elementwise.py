@@ -110,7 +110,7 @@ def recognise(node: ir.Node, rewriter: Rewriter) -> str | None:
         if found is None:
             continue
         source, region, function = found
-        if function.since > rewriter.version or len(region) < 2:
+        if function.since > rewriter.version:
             continue
         rewriter.supersede(end, function.operator, [source], dict(function.attributes))
         for each in region[1:]:
@@ -130,7 +130,7 @@ def _find(end: ir.Node, marker: ir.Node, rewriter: Rewriter) -> tuple[ir.Value, 
         frontier = _variables(region)
         if frontier is None or not frontier:
             return None
-        if len(frontier) == 1 and marker in region:
+        if len(frontier) == 1 and len(region) > 1 and marker in region:
             function = _known(region, frontier[0], marker, rewriter.dtype(frontier[0]))
             if function is not None:
                 return frontier[0], region, function

@@ -185,14 +185,12 @@ class Linear:
             rewriter.drop_unread(old)
 
 
-def linear(node: ir.Node) -> Linear | None:
-    """Read a node as a linear map; None if it is another operator.
+def linear(node: ir.Node) -> Linear:
+    """Read a node, one of ``OPERATORS``, as a linear map.
 
     Raises:
         Refused: Its weight is not a constant matrix or kernel of floats.
     """
-    if node.domain or node.op_type not in OPERATORS or len(node.inputs) < 2:
-        return None
     weight = node.inputs[1]
     held = edit.tensor(weight)
     if weight is None or held is None:

@@ -47,11 +47,11 @@ def _transposes(node: ir.Node, sweep: Sweep) -> Outcome:
     return Become([before.inputs[0]], {"perm": perm}, "Transposes merged")
 
 
-def target(before: Shape, after: Shape, has_rest: bool) -> Sequence[int] | str:
+def target(before: Shape, after: Shape, rest: int | None) -> Sequence[int] | str:
     """The constant target that makes Reshape turn ``before`` into ``after`` for every size; or why there is none.
 
-    A 0 copies the dim at the same place. One dim that is not known may be -1, but a -1 beside a copied dim fails
-    at run time where that dim is 0: it is used only where the model itself has one (``has_rest``).
+    A 0 copies the dim at the same place. One dim that is not known may be -1, but a -1 beside a dim that is 0 at run
+    time fails: where the others may be 0, it is used only in the place where the model itself has it (``rest``).
     """
     sizes: list[int] = []
     unknown: list[int] = []
@@ -67,16 +67,17 @@ def target(before: Shape, after: Shape, has_rest: bool) -> Sequence[int] | str:
             unknown.append(i)
     if len(unknown) > 1:
         return "the target shape depends on two unknown dims"
-    if unknown and not has_rest:
+    if unknown and unknown != [rest]:
         others = [dim for i, dim in enumerate(after) if i not in unknown]
         if not all(positive(dim) for dim in others):
             return "a -1 in the target would fail where another dim is 0"
     return sizes
 
 
-def _has_rest(node: ir.Node, sweep: Sweep) -> bool:
+def _rest(node: ir.Node, sweep: Sweep) -> int | None:
+    """The axis that the target of a Reshape gives as -1."""
     items = sweep.facts(node.inputs[1]).items if node.op_type == "Reshape" and len(node.inputs) > 1 else None
-    return items is not None and -1 in items
+    return items.index(-1) if items is not None and -1 in items else None
 
 
 @RULES.add("Reshape")
@@ -84,7 +85,7 @@ def _constant_target(node: ir.Node, sweep: Sweep) -> Outcome:
     x, y = sweep.facts(node.inputs[0]), sweep.facts(node.outputs[0])
     if len(node.inputs) < 2 or x.shape is None or y.shape is None or edit.tensor(node.inputs[1]) is not None:
         return None
-    sizes = target(x.shape, y.shape, _has_rest(node, sweep))
+    sizes = target(x.shape, y.shape, _rest(node, sweep))
     if isinstance(sizes, str):
         return Refuse(sizes)
     return Become([node.inputs[0], np.array(sizes, np.int64)], {}, "Reshape target made constant")
@@ -131,7 +132,7 @@ def _reshapes(node: ir.Node, sweep: Sweep) -> Outcome:
     axes = _ones_left_out(y.shape, x.shape)
     if axes is not None and sweep.facts.version >= 13:
         return Become([source, np.array(axes, np.int64)], {}, "Reshapes merged", "Unsqueeze")
-    sizes = target(x.shape, y.shape, _has_rest(node, sweep))
+    sizes = target(x.shape, y.shape, _rest(node, sweep))
     if isinstance(sizes, str):
         return None
     return Become([source, np.array(sizes, np.int64)], {}, "Reshapes merged", "Reshape")
@@ -232,6 +233,9 @@ def _casts(node: ir.Node, sweep: Sweep) -> Outcome:
     if source is None or middle is None or not preserves(source, middle):
         return None
     to = ir.DataType(attribute(node, "to"))
+    if to not in _INTEGER_BITS and to not in _FLOAT_BITS and to != ir.DataType.BOOL:
+        # Text shows whether it was a float.
+        return None
     if to == source:
         return Forward(before.inputs[0], "inverse Casts removed")
     return Become([before.inputs[0]], kept_attributes(node), "Casts merged")

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from graphc import edit, fold
 from graphc.edit import Array
+from graphc.kernels import CannotFold
 from graphc.shapes import Facts
 
 LAZY = 16 << 20
@@ -86,15 +87,15 @@ class Constants:
             CannotFold: It stays, for the reason given.
         """
         if not fold.deterministic(node):
-            raise fold.CannotFold("random operators are not computed ahead")
+            raise CannotFold("random operators are not computed ahead")
         if node.op_type in fold.KEPT:
-            raise fold.CannotFold("quantized constants stay quantized")
+            raise CannotFold("quantized constants stay quantized")
         if any(attr.is_ref() for attr in node.attributes.values()) or any(edit.subgraphs(node)):
-            raise fold.CannotFold("control flow on constants is not computed ahead")
+            raise CannotFold("control flow on constants is not computed ahead")
         assert self._facts is not None
         tensors = [None if value is None else edit.tensor(value) for value in node.inputs]
         if any(t is not None and t.dtype == ir.DataType.STRING for t in tensors):
-            raise fold.CannotFold("strings are left alone")
+            raise CannotFold("strings are left alone")
         freed = sum(
             t.nbytes
             for value, t in zip(node.inputs, tensors, strict=True)
@@ -102,7 +103,7 @@ class Constants:
         )
         outputs = [value for value in node.outputs if value.uses()]
         if any(self._facts(value).dtype is None for value in outputs):
-            raise fold.CannotFold("the result is not a plain tensor")
+            raise CannotFold("the result is not a plain tensor")
         sizes = [_nbytes(self._facts, value) for value in outputs]
         if None not in sizes:
             size = sum(s for s in sizes if s is not None)
@@ -119,7 +120,7 @@ class Constants:
         for value, array in made:
             fact = self._facts(value)
             if fact.dtype is not None and fact.dtype.numpy() != array.dtype:
-                raise fold.CannotFold("the computed constant has another dtype than inferred")
+                raise CannotFold("the computed constant has another dtype than inferred")
         for value, array in made:
             heir = self._heir(node)
             self.replace(value, array, node)
@@ -131,11 +132,11 @@ class Constants:
         if growth <= 0 or size <= edit.SMALL:
             return
         if node.op_type in ("Cast", "CastLike") and source is not None and source.size > edit.SMALL:
-            raise fold.CannotFold("widening a stored weight would undo its compression")
+            raise CannotFold("widening a stored weight would undo its compression")
         if node.op_type in _RELAYOUT and size > _FEW_BYTES:
-            raise fold.CannotFold("another form of a weight that others read would store it twice")
+            raise CannotFold("another form of a weight that others read would store it twice")
         if self._grown + growth > self._limit:
-            raise fold.CannotFold(f"folding would grow the file by more than the {self._limit / 1e6:g} MB allowed")
+            raise CannotFold(f"folding would grow the file by more than the {self._limit / 1e6:g} MB allowed")
 
     def _lazily(self, node: ir.Node, value: ir.Value, tensors: list[ir.TensorProtocol | None]) -> None:
         assert self._facts is not None

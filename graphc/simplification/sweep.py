@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from graphc import edit, fold
 from graphc.contract import PassResult
+from graphc.kernels import CannotFold
 from graphc.shapes import INTEGERS, Fact, Facts
 from graphc.simplification.constants import Constants
 from graphc.simplification.inlining import inline_if, inline_loop
@@ -99,7 +100,8 @@ class Sweep:
             self._node(node, scope)
 
     def _node(self, node: ir.Node, scope: Scope) -> None:
-        if node.op_type == "Constant" and node.domain in STANDARD and self._constants.lift(node):
+        constant = node.op_type == "Constant" and node.domain in STANDARD
+        if constant and self._compute and self._constants.lift(node):
             self.change("Constant node made an initializer")
             return
         self.facts.visit(node)
@@ -188,7 +190,7 @@ class Sweep:
         elif self._all_constant(node):
             try:
                 self._constants.fold(node)
-            except fold.CannotFold as reason:
+            except CannotFold as reason:
                 self.refusals.append((node, str(reason)))
                 return False
             self.change(f"constant {node.op_type} computed")

@@ -336,3 +336,23 @@ def instance_norm(s: Any) -> str:
         a = Conv(x, w1)
         n = InstanceNormalization(a, s, b)
         y = Conv(n, w2)"""
+
+
+@fragment(
+    "p=2 q=2 c=3 o=2",
+    {"p": "channel", "q": "channel", "c": "channel", "o": Group("channel", balanced=("c", "p"))},
+    # After the shuffle an index is (c, p, q): the second convolution's groups split the first one's outer digit.
+    "w1: (p q c) 3 1 1; wd: (c p q) 1 3 3; s: (c p q) = positive; b: (c p q); m: (c p q); v: (c p q) = positive; "
+    "w2: (c p o) q 1 1; w3: 5 (c p o) 1 1",
+)
+def shuffle_into_finer_groups(s: Any) -> str:
+    n = s.p * s.q * s.c
+    return f"""{IMAGE} => (float[N,5,6,6] y)
+        a = Conv(x, w1)
+        b1 = Reshape(a, [0, {s.p * s.q}, {s.c}, 8, 8])
+        c = Transpose<perm=[0,2,1,3,4]>(b1)
+        d = Reshape(c, [0, {n}, 8, 8])
+        e = Conv<group={n}>(d, wd)
+        f = BatchNormalization(e, s, b, m, v)
+        g = Conv<group={s.c * s.p}>(f, w2)
+        y = Conv(g, w3)"""
