@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import onnx_ir as ir
-
-from graphc import edit, files
+from graphc import files
 from graphc.contract import Backend, Capabilities, Runnable, option
 from graphc.errors import BadInput
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 MODEL = "model.onnx"
 
@@ -79,6 +80,10 @@ _QUANTIZED = (
 
 def _session_options(model: ir.Model) -> dict[str, str]:
     """What a session needs for the model to compute what it says."""
+    import onnx_ir as ir
+
+    from graphc import edit
+
     dtypes = {
         value.dtype
         for node in edit.nodes(model)

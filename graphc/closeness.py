@@ -126,10 +126,11 @@ class NoiseMeter:
             anything else a boolean array, true where it does.
         """
         if not is_float(self._array):
-            return self._flips | self._unstable
+            return np.asarray(self._flips | self._unstable)
         if self._unstable or not self._array.size or not self._runs:
             return np.full(self._array.shape, np.inf, dtype=np.float32)
-        squares = self._squares / self._runs
+        squares = self._squares.copy()
+        squares /= self._runs
         stable = squares[np.isfinite(squares) & (squares > 0)]  # zeros, as behind a Relu, do not answer at all
         typical = float(np.median(stable)) if stable.size else 0.0
         # A decision flipped: the answer to a tiny error is neither tiny nor like that of the other elements.

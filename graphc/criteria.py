@@ -96,8 +96,7 @@ def _norm(groups: Groups, group: Group, place: Place, held: ir.TensorProtocol, o
         used = place.units >= 0
         scores = np.bincount(place.units[used], weights=along[used], minlength=group.size)
     del array
-    if isinstance(held, ir.ExternalTensor):
-        held.release()
+    edit.release(held)
     return scores
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, cast
 
 import numpy as np
@@ -93,6 +94,13 @@ def constant(value: ir.Value | None, limit: int | None = None) -> Array | None:
     if found is None or (limit is not None and found.size > limit):
         return None
     return found.numpy()
+
+
+def release(tensor: ir.TensorProtocol) -> None:
+    """Let go of the file that was mapped to read a tensor, unless somebody still looks at it."""
+    if isinstance(tensor, ir.ExternalTensor):
+        with suppress(BufferError):
+            tensor.release()
 
 
 def scalar(value: ir.Value | None) -> Any | None:

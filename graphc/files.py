@@ -210,6 +210,10 @@ def staging(destination: Path) -> Iterator[Path]:
             inner = hidden / destination.name
             inner.mkdir()
             yield inner
+        except BadInput as error:
+            if str(hidden) not in error.where:
+                raise
+            raise BadInput(error.what, where=str(destination), why=error.why, hint=error.hint) from error
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
             os.close(descriptor)

@@ -158,5 +158,4 @@ def _write(tensor: ir.TensorProtocol, file: Any) -> None:
         tensor.tofile(file)
     else:
         file.write(tensor.tobytes())
-    if isinstance(tensor, ir.ExternalTensor):
-        tensor.release()
+    edit.release(tensor)

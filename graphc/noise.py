@@ -75,9 +75,8 @@ def noisy(model: ir.Model, *, gain: float = GAIN, seed: int = 0) -> ir.Model:
     the tensors of the original. Values whose dtype is not known are left exact, as are inputs that are sizes.
     """
     copy = model.clone()
-    # Exporters often leave the types of intermediate values out, and without its type a value stays exact.
-    shapes.infer(copy)
     default = _only_float_dtype(copy)
+    known = _inferred(model) if default is None else {}
     names = edit.Names(copy)
     number = seed * 1_000_003
     for graph in edit.graphs(copy):
@@ -91,7 +90,7 @@ def noisy(model: ir.Model, *, gain: float = GAIN, seed: int = 0) -> ir.Model:
             if size:
                 places += [(v, size) for v in node.outputs if v.name and (v.uses() or v.is_graph_output())]
         for value, size in places:
-            dtype = value.dtype or (default if value.producer() is not None else None)
+            dtype = value.dtype or known.get(value.name) or (default if value.producer() is not None else None)
             if dtype in EPS:
                 number += 1
                 size *= gain * EPS[dtype]
@@ -106,6 +105,16 @@ def steps(model: ir.Model) -> bool:
     larger ones, so that the variance of the outputs grows with the size of the errors and not with its square.
     """
     return any(node.op_type in _GRIDS or node.op_type.startswith("QLinear") for node in edit.nodes(model))
+
+
+def _inferred(model: ir.Model) -> dict[str | None, ir.DataType]:
+    """The dtypes that shape inference finds, by value name: exporters often leave them out.
+
+    It runs on a copy, for it knows the current operators, and what it says of old ones may be wrong.
+    """
+    copy = model.clone()
+    shapes.infer(copy)
+    return {v.name: v.dtype for node in edit.nodes(copy) for v in node.outputs if v.dtype is not None}
 
 
 def _only_float_dtype(model: ir.Model) -> ir.DataType | None:

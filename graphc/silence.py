@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphc.edit import Array, attribute
-from graphc.known import Facets, Knowledge
+from graphc.known import Knowledge
 from graphc.known.choice import bottom
 from graphc.known.products import matmul_letters
 from graphc.sites import RECURRENT, Site
@@ -32,15 +32,6 @@ def is_product(node: ir.Node) -> bool:
     return node.op_type in PRODUCTS
 
 
-def zeros(facets: Facets) -> Mask | None:
-    """Where a value is known to be zero; None if nowhere."""
-    result: Mask | None = None
-    for facet in facets:
-        here = facet == 0
-        result = here if result is None else result | here
-    return result
-
-
 def either(a: Mask, b: Mask | None) -> Mask:
     return a if b is None else a | b
 
@@ -52,7 +43,7 @@ def nowhere(known: Knowledge, value: ir.Value) -> Mask:
 
 def silent(node: ir.Node, site: Site, known: Knowledge) -> Mask:
     """Where an operand's terms are neutral."""
-    marked = bottom(site.operand, known) if site.what == "^" else zeros(known(site.operand))
+    marked = bottom(site.operand, known) if site.what == "^" else known.zeros(site.operand)
     own = either(nowhere(known, site.operand), marked)
     if site.what != "summed":
         return own
@@ -108,7 +99,7 @@ def _across(
     for i in (0, 1):
         if inputs[i] is not operand:
             continue
-        other = zeros(known(inputs[1 - i]))
+        other = known.zeros(inputs[1 - i])
         if other is None:
             continue
         mine, theirs = letters[i], letters[1 - i]
@@ -126,7 +117,7 @@ def _convolution(node: ir.Node, operand: ir.Value, known: Knowledge) -> Mask | N
     x, w = node.inputs[0], node.inputs[1]
     group = attribute(node, "group", 1)
     if operand is x:
-        taps = zeros(known(w))
+        taps = known.zeros(w)
         if taps is None:
             return None
         taps = np.asarray(taps.all(axis=tuple(range(2, taps.ndim))))
@@ -140,7 +131,7 @@ def _convolution(node: ir.Node, operand: ir.Value, known: Knowledge) -> Mask | N
                 return None
             rows = np.repeat(rows, count // group, axis=1)
         return rows.reshape(1, -1, *(1,) * (len(known.shape(x) or ()) - 2))
-    dead = zeros(known(x))
+    dead = known.zeros(x)
     if dead is None:
         return None
     flat = collapse_mask(dead, keep=1)
@@ -153,7 +144,7 @@ def _transposed_convolution(node: ir.Node, operand: ir.Value, known: Knowledge) 
     """Input channels are the weight's first axis."""
     x, w = node.inputs[0], node.inputs[1]
     source, target = (w, x) if operand is x else (x, w)
-    dead = zeros(known(source))
+    dead = known.zeros(source)
     if dead is None:
         return None
     flat = collapse_mask(dead, keep=0 if source is w else 1)
@@ -169,10 +160,10 @@ def collapse_mask(mask: Mask, keep: int) -> Array:
 def _recurrent(node: ir.Node, operand: ir.Value, known: Knowledge) -> Mask | None:
     """Inputs meet the columns of W, the state those of R."""
     x, w, r = node.inputs[:3]
-    if operand is x and (dead := zeros(known(w))) is not None:
+    if operand is x and (dead := known.zeros(w)) is not None:
         return collapse_mask(dead, keep=2).reshape(1, 1, -1)
-    if operand is w and (dead := zeros(known(x))) is not None:
+    if operand is w and (dead := known.zeros(x)) is not None:
         return collapse_mask(dead, keep=2).reshape(1, 1, -1)
-    if operand is r and (dead := zeros(known(node.outputs[0]))) is not None and dead.ndim == 4:
+    if operand is r and (dead := known.zeros(node.outputs[0])) is not None and dead.ndim == 4:
         return dead.all(axis=(0, 2)).reshape(dead.shape[1], 1, dead.shape[3])
     return None

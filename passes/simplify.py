@@ -49,7 +49,11 @@ class Simplify(Pass):
                         "an initializer that is also an input may be overridden: see freeze-initializers",
                     )
         if ctx.checkable:
-            result.change("function inlined", inlining.inline_functions(model))
+            functions = inlining.inline_functions(model)
+            if functions:
+                # The bodies bring names along.
+                scopes.prepare(model)
+            result.change("function inlined", functions)
             result.change("duplicate initializer merged", constants.share(model))
         made = constants.Constants(model, int(self.growth * 1e6))
         rules = [noops.RULES, chains.RULES, sizes.RULES, recurrent.RULES] if ctx.checkable else [noops.RULES]

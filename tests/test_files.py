@@ -96,6 +96,15 @@ def test_a_full_or_read_only_disk(tmp_path, monkeypatch, number) -> None:
     assert names(tmp_path) == []
 
 
+def test_an_error_in_staging_names_the_destination(tmp_path) -> None:
+    with pytest.raises(BadInput) as caught, files.folder(tmp_path / "out") as staging:
+        files.write(staging / "missing" / "file", "x")
+    assert caught.value.where == str(tmp_path / "out")
+    with pytest.raises(BadInput) as caught, files.folder(tmp_path / "out"):
+        raise BadInput("something else", where="node 'a'")
+    assert caught.value.where == "node 'a'"
+
+
 def test_a_limit_on_the_file_size(tmp_path) -> None:
     """The kernel itself refuses the write, in the middle of a large file."""
     code = """

@@ -123,7 +123,8 @@ def test_steps() -> None:
 class TestCloseness:
     def verdict(self, want: Any, got: Any, noise: Any) -> Any:
         closeness = Closeness("y", noise_runs=3)
-        closeness.add("case", np.asarray(want), np.asarray(got), np.asarray(noise, np.float32))
+        noise = noise if isinstance(noise, np.ndarray) else np.array(noise, np.float32)
+        closeness.add("case", np.asarray(want), np.asarray(got), noise)
         return closeness.verdict()
 
     def test_a_small_multiple_of_the_noise_passes(self) -> None:
@@ -167,6 +168,17 @@ class TestCloseness:
         got[2, 300_000] = 1e-2
         found = self.verdict(want, got, noise)
         assert not found.ok and found.max_abs == pytest.approx(1e-2)
+
+    @pytest.mark.parametrize("shape", [(), (0,), (1,), (2, 0, 3)])
+    @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int64, np.bool_])
+    def test_scalars_and_empty_outputs(self, shape: tuple[int, ...], dtype: Any) -> None:
+        want = np.ones(shape, dtype)
+        meter = NoiseMeter(want)
+        meter.add(want)
+        assert self.verdict(want, want, meter.noise()).ok
+        assert guessed_noise(want).shape == shape
+        if want.size:
+            assert not self.verdict(want, np.zeros(shape, dtype), meter.noise()).ok
 
     def test_a_guess_where_nothing_could_be_measured(self) -> None:
         array = np.array([1, 100, -np.inf], np.float32)

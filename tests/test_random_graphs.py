@@ -378,13 +378,13 @@ def check(data: st.DataObject, steps: int) -> None:
 _QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=_QUIET)
+@settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=_QUIET)
 @given(st.data())
 def test_random_graphs(data: st.DataObject) -> None:
     check(data, steps=12)
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=_QUIET)
+@settings(max_examples=10, derandomize=True, deadline=None, suppress_health_check=_QUIET)
 @given(st.data())
 def test_random_graphs_in_half_precision(data: st.DataObject) -> None:
     """They still run, with the interface that was asked for, and compute roughly the same."""

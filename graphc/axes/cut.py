@@ -188,7 +188,7 @@ def _lazy(old: ir.TensorProtocol, shape: tuple[int, ...], change: Callable[[Arra
         array = change(old.numpy())
         if isinstance(old, ir.ExternalTensor):
             array = np.array(array)
-            old.release()
+            edit.release(old)
         return ir.Tensor(np.ascontiguousarray(array), dtype=old.dtype, name=old.name)
 
     if old.size <= edit.SMALL:

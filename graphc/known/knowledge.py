@@ -27,6 +27,7 @@ class ConstantFacets:
     def __init__(self) -> None:
         # The tensor is held beside its facets: an id is unique only as long as its object lives.
         self._large: dict[int, tuple[ir.TensorProtocol, Facets]] = {}
+        self._bits: dict[int, tuple[ir.TensorProtocol, Array]] = {}
 
     def of(self, held: ir.TensorProtocol) -> Facets:
         """A small constant is a facet of its own, read each time; a large one leaves a vector for each axis."""
@@ -39,6 +40,31 @@ class ConstantFacets:
             found = held, _zero_slices(held)
             self._large[id(held)] = found
         return found[1]
+
+    def zeros(self, held: ir.TensorProtocol) -> Array | None:
+        """Where a constant is zero, as ``Knowledge.zeros``; of small ones a bit per element is kept."""
+        if not numeric(held.dtype):
+            return None
+        if held.size > JOINT:
+            return where_zero(self.of(held))
+        found = self._bits.get(id(held))
+        if found is None:
+            found = held, np.packbits(np.asarray(held.numpy() == 0))
+            self._bits[id(held)] = found
+        bits = found[1]
+        if not bits.any():
+            return None
+        shape = tuple(held.shape.numpy())
+        return np.unpackbits(bits, count=held.size).astype(bool).reshape(shape)
+
+
+def where_zero(facets: Facets) -> Array | None:
+    """Where facets say zero: booleans that broadcast to the value's shape; None if nowhere."""
+    result: Array | None = None
+    for facet in facets:
+        here = facet == 0
+        result = here if result is None else result | here
+    return result
 
 
 def numeric(dtype: ir.DataType) -> bool:
@@ -61,8 +87,7 @@ def _zero_slices(held: ir.TensorProtocol) -> Facets:
             else:
                 some[axis] |= here
     del array
-    if isinstance(held, ir.ExternalTensor):
-        held.release()
+    edit.release(held)
     ones = (1,) * len(shape)
     return tidy(
         np.where(alive, np.nan, 0.0).reshape((*ones[:axis], -1, *ones[axis + 1 :])) for axis, alive in enumerate(some)
@@ -116,6 +141,11 @@ class Knowledge:
             held = edit.tensor(value)
             found = NOTHING if held is None else self._constants.of(held)
         return found
+
+    def zeros(self, value: ir.Value | None) -> Array | None:
+        """Where a value is zero for every input: booleans that broadcast to its shape; None if nowhere."""
+        held = edit.tensor(value)
+        return where_zero(self(value)) if held is None else self._constants.zeros(held)
 
     def shape(self, value: ir.Value | None) -> Shape | None:
         """The dims of a value, numbers or polynomials; None if not even the rank is known."""

@@ -1,7 +1,7 @@
 """Scales and shifts next to a convolution or matrix product are folded into its weight and bias.
 
 After it: ``s * (W x + b) + t = (s W) x + (s b + t)``. Before it: ``W (s x + t) + b = (W s) x + (W t + b)``,
-but with zero padding, which comes after the shift, only a scale folds.
+but with zero padding, which comes after the shift, only a scale folds: ``s x + t = s (x + t / s)``.
 """
 
 from __future__ import annotations
@@ -66,6 +66,8 @@ def fold_before(node: ir.Node, rewriter: Rewriter) -> str | None:
         _check_stopped(found)
         return None
     scale, shift = found.together()
+    if found.no_shift and shift.any():
+        return _fold_scale_before(kind, found, rewriter)
     bias = left = None
     if shift.any():
         moved = kind.shift_out(shift)
@@ -80,6 +82,29 @@ def fold_before(node: ir.Node, rewriter: Rewriter) -> str | None:
         _check_shared(kind, rewriter)
     _carry_out(kind, found, factor, bias, left, rewriter)
     return f"{found.operators()} folded into the {node.op_type} after it"
+
+
+def _fold_scale_before(kind: Linear, found: Neighbours, rewriter: Rewriter) -> str:
+    """Fold the scale of what leads to a linear map that cannot take the shift, and leave one Add of that."""
+    scale, shift = found.together()
+    if len(found.maps) < 2 or not (scale != 1).any() or not scale.all():
+        raise Refused(found.no_shift)
+    quotient = shift / scale
+    remaining = rounded(quotient, kind.held.dtype, "shift")
+    factor = kind.factor_in(scale)
+    kind.check(factor, None)
+    _check_shared(kind, rewriter)
+    last = found.maps[-1].node
+    if quotient.ndim:
+        rank = kind.rank or rewriter.rank(kind.node.inputs[0]) or 1
+        tail = (1,) * (rank - 1 - kind.axis_in % rank)
+        remaining = ir.Tensor(remaining.numpy().reshape(-1, *tail), dtype=remaining.dtype)
+    kind.change(rewriter, factor, None)
+    constant = rewriter.constant(last, remaining, f"{last.outputs[0].name}.shift")
+    rewriter.supersede(last, "Add", [found.maps[0].x, constant])
+    for part in reversed(found.maps[:-1]):
+        rewriter.drop(part.node)
+    return f"scale of {found.operators()} folded into the {kind.node.op_type} after it"
 
 
 def _carry_out(

@@ -23,10 +23,12 @@ class Neighbours:
     Attributes:
         maps: The maps; each varies along the channels of the linear map, or not at all.
         stopped: Where and why the row ends, if it ends at what might have been a part of it.
+        no_shift: Why the linear map cannot take their shift; "" if it can. There is no view among them then.
     """
 
     maps: tuple[Affine, ...]
     stopped: tuple[ir.Node, str] | None = None
+    no_shift: str = ""
 
     def together(self) -> tuple[Array, Array]:
         """All maps as one: scale and shift, float64, of shape () or (channels,)."""
@@ -78,31 +80,40 @@ def after(kind: Linear, rewriter: Rewriter) -> Neighbours:
 
 
 def before(kind: Linear, rewriter: Rewriter) -> Neighbours:
-    """The affine maps that lead to a linear map and can be folded into it."""
+    """The affine maps that lead to a linear map."""
     maps: list[Affine] = []
     value, place = kind.node.inputs[0], _Place(kind.rank, kind.axis_in, kind.channels_in, rewriter)
-    while True:
-        node = value.producer() if value is not None else None
-        if value is None or node is None or not may_belong(node):
-            return Neighbours(tuple(maps))
+    no_shift, passed_view, stopped = "", False, None
+    while value is not None:
+        node = value.producer()
+        if node is None or not may_belong(node) or (no_shift and views.is_view(node)):
+            break
         try:
             part = None if views.is_view(node) else affine(node)
             if part is None and not views.is_view(node):
-                return Neighbours(tuple(maps))
+                break
             sole_reader(value)
             if part is None:
+                passed_view = True
                 if not place.move(node, value, forward=False):
-                    return Neighbours(tuple(maps))
+                    break
                 value = node.inputs[0]
             elif rule_name(kind, part, before=True) in rewriter.enabled:
                 place.check(part, value)
-                _check_before(kind, part)
+                if _is_normalised(part.x):
+                    raise Refused("the scale belongs to a normalisation, which runtimes compute as a whole")
+                if part.shift.any():
+                    no_shift = _no_shift(kind)
+                    if no_shift and passed_view:
+                        raise Refused(no_shift)
                 maps.insert(0, part)
                 value = part.x
             else:
-                return Neighbours(tuple(maps))
+                break
         except Refused as refusal:
-            return Neighbours(tuple(maps), None if views.is_view(node) else (node, refusal.reason))
+            stopped = None if views.is_view(node) else (node, refusal.reason)
+            break
+    return Neighbours(tuple(maps), stopped, no_shift)
 
 
 class _Place:
@@ -147,25 +158,18 @@ class _Place:
             raise Refused("the constant broadcasts the result to more channels")
 
 
-def _check_before(kind: Linear, part: Affine) -> None:
-    """See that a map can be folded into the linear map that reads it.
-
-    Raises:
-        Refused: Padding or a missing bias forbid its shift, or it is a part of a normalisation.
-    """
-    if _is_normalised(part.x):
-        raise Refused("the scale belongs to a normalisation, which runtimes compute as a whole")
-    if not part.shift.any():
-        return
+def _no_shift(kind: Linear) -> str:
+    """Why the linear map cannot take a shift of its input; "" if it can."""
     if kind.node.op_type == "ConvTranspose":
-        raise Refused("a shift before a transposed convolution does not fold: the borders see less of it")
+        return "a shift before a transposed convolution does not fold: the borders see less of it"
     if not kind.unpadded():
-        raise Refused("a shift before a zero-padded convolution does not fold")
+        return "a shift before a zero-padded convolution does not fold"
+    if kind.takes_bias:
+        return ""
     result = kind.node.outputs[0]
-    if not kind.takes_bias and (
-        result.is_graph_output() or len(result.uses()) != 1 or affine(result.consumers()[0]) is None
-    ):
-        raise Refused("a shift before a product without bias would only move behind it")
+    if not result.is_graph_output() and len(result.uses()) == 1 and affine(result.consumers()[0]) is not None:
+        return ""
+    return "a shift before a product without bias would only move behind it"
 
 
 def _is_normalised(value: ir.Value) -> bool:

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from graphc import edit
 from graphc.edit import Array
 from graphc.rewrites.base import Refused, dims
 
@@ -23,9 +24,7 @@ _RANGE = (1e-18, 1e18)
 def reading(tensor: ir.TensorProtocol) -> Iterator[Array]:
     """The values of a tensor; what was mapped for it is released afterwards."""
     yield tensor.numpy()
-    if isinstance(tensor, ir.ExternalTensor):
-        with contextlib.suppress(BufferError):  # somebody else still reads it
-            tensor.release()
+    edit.release(tensor)
 
 
 def scaled(source: ir.TensorProtocol, factor: Array, name: str) -> ir.TensorProtocol:

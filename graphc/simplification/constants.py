@@ -13,12 +13,12 @@ from graphc.edit import Array
 from graphc.kernels import CannotFold
 from graphc.shapes import Facts
 
-LAZY = 16 << 20
-"""Bytes from which a computed constant is left to be computed when it is written, rather than held in memory."""
+LARGE = 16 << 20
+"""Bytes from which a computed constant is not held in memory: it is a view, or computed when it is written."""
 _RELAYOUT = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 """Operators whose result is the same weight in another form, and keeps its name."""
-_VIEWS = frozenset({"ConstantOfShape", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
-"""Operators whose result numpy gives as a view, whatever its size."""
+_LAZY = frozenset({"Add", "Concat", "Mul", "Neg", "Sqrt", "Sub", "Tile", "Where"})
+"""Operators that are certain to succeed on constants of fitting shapes, so that they can be left for later."""
 _FEW_BYTES = 16 << 10
 """Bytes up to which it does not matter that a constant is stored in two forms."""
 _SAMPLE = 4096
@@ -78,7 +78,7 @@ class Constants:
             self._shared[key] = self._put(value, ir.tensor(np.array(data, order="C")))
         else:
             # Large views of what is on disk, and fills, stay views: they take no memory until they are written.
-            self._put(value, ir.tensor(data if data.nbytes >= LAZY or _is_fill(data) else np.array(data, order="C")))
+            self._put(value, ir.tensor(data if data.nbytes >= LARGE or _is_fill(data) else np.array(data, order="C")))
 
     def fold(self, node: ir.Node) -> None:
         """Compute a node whose inputs are all constant, and let its readers read the result.
@@ -108,7 +108,7 @@ class Constants:
         if None not in sizes:
             size = sum(s for s in sizes if s is not None)
             self._admit(node, tensors[0], size, size - freed)
-            if size >= LAZY and len(outputs) == 1 and node.op_type not in _VIEWS:
+            if size >= LARGE and len(outputs) == 1 and node.op_type in _LAZY:
                 self._grown += max(size - freed, 0)
                 self._lazily(node, outputs[0], tensors)
                 return
@@ -147,6 +147,7 @@ class Constants:
             node.op_type,
             [ir.Value() if t is not None else None for t in tensors],
             list(node.attributes.values()),
+            outputs=[ir.Value(name="result", type=ir.TensorType(fact.dtype))],
         )
         version = self._version
 
@@ -230,9 +231,10 @@ def share(model: ir.Model) -> int:
         alike: dict[Hashable, list[ir.Value]] = {}
         for value in graph.initializers.values():
             held = value.const_value
-            if held is None or value.is_graph_input() or value.is_graph_output() or held.dtype == ir.DataType.STRING:
+            if held is None or value.is_graph_input() or value.is_graph_output() or isinstance(held, ir.LazyTensor):
                 continue
-            if not isinstance(held, ir.LazyTensor):
+            # Packed dtypes would have to be unpacked to be compared.
+            if held.dtype != ir.DataType.STRING and held.dtype.bitwidth >= 8:
                 alike.setdefault((held.dtype, tuple(held.shape.numpy()), _ends(held)), []).append(value)
         for values in alike.values():
             count += _merge_equal(graph, values) if len(values) > 1 else 0

@@ -134,16 +134,18 @@ def _neutral(node: ir.Node, sweep: Sweep) -> Outcome:
 
 def _is_neutral(operator: str, operand: Array) -> bool:
     """Whether ``operator`` with this operand returns every number bit for bit (a NaN stays a NaN)."""
+    whole = operand.dtype.kind in "iub"
+    if not whole:
+        # Dtypes that numpy does not know itself (bfloat16) need not know what a sign bit is.
+        operand = operand.astype(np.float64)
     match operator:
         case "Mul" | "Div" | "Pow":
             return bool(np.all(operand == 1))
         case "Add" | "Sum":
             # -0.0 + 0.0 is +0.0: only -0.0 is neutral for floats.
-            floating = operand.dtype.kind == "f"
-            return bool(np.all(operand == 0)) and (not floating or bool(np.all(np.signbit(operand))))
+            return bool(np.all(operand == 0)) and (whole or bool(np.all(np.signbit(operand))))
         case "Sub":
-            floating = operand.dtype.kind == "f"
-            return bool(np.all(operand == 0)) and (not floating or not bool(np.any(np.signbit(operand))))
+            return bool(np.all(operand == 0)) and (whole or not bool(np.any(np.signbit(operand))))
         case "And":
             return bool(np.all(operand))
     return operator == "Or" and not bool(np.any(operand))

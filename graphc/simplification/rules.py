@@ -28,7 +28,7 @@ class Become:
 
     Attributes:
         inputs: Existing values, None for omitted ones, or arrays that become constants.
-        attributes: All attributes of the new node.
+        attributes: All attributes of the new node, as they are or as Python values.
         what: The change, for the report.
         operator: The new operator, where it changes.
     """
@@ -71,5 +71,5 @@ class Rules:
 
 
 def kept_attributes(node: ir.Node, **changed: Any) -> dict[str, Any]:
-    """The attributes of a node as Python values, some of them replaced."""
-    return {**{name: attr.value for name, attr in node.attributes.items()}, **changed}
+    """The attributes of a node, some of them replaced by Python values."""
+    return {**node.attributes, **changed}

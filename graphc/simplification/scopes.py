@@ -16,8 +16,8 @@ def prepare(model: ir.Model) -> None:
 
 
 def _sorted(graph: ir.Graph, known: set[ir.Value]) -> bool:
-    """Whether every node comes after those it reads from."""
-    known = known | set(graph.inputs) | set(graph.initializers.values())
+    """Whether every node comes after those it reads from; ``known`` collects what has been computed."""
+    known.update(graph.inputs, graph.initializers.values())
     for node in graph:
         for value in node.inputs:
             if value is not None and value not in known and value.producer() is not None:
@@ -45,7 +45,7 @@ def _resolve(graph: ir.Graph, outer: dict[str, ir.Value], seen: set[str], names:
             made = ir.Value(name=names.fresh(f"{value.name}_returned"), type=value.type, shape=value.shape)
             graph.append(ir.Node("", "Identity", [outer[value.name]], outputs=[made]))
             graph.outputs[i] = made
-    scope = {**outer, **here}
-    for node in graph:
-        for body in edit.subgraphs(node):
-            _resolve(body, scope, seen, names)
+    inner = [body for node in graph for body in edit.subgraphs(node)]
+    scope = {**outer, **here} if inner else {}
+    for body in inner:
+        _resolve(body, scope, seen, names)

@@ -109,8 +109,9 @@ def regroup(before: Sequence[Size], after: Sequence[Size]) -> tuple[list[list[in
 def reshape_line(before: Sequence[Size], after: Sequence[Size], extra: str = "") -> Line:
     """The line that takes one shape to another, e.g. ``(a b) c -> a (b c)``."""
     left, right, sizes, _ = regroup(before, after)
-    names = letters(len(sizes))
-    given: Sizes = dict(zip(names, sizes, strict=True))
+    order = list(dict.fromkeys(number for digits in (*left, *right) for number in digits))
+    names = dict(zip(order, letters(len(order)), strict=True))
+    given: Sizes = {name: sizes[number] for number, name in names.items()}
 
     def spell(numbers: list[int], size: Size, fixed: str) -> str:
         if not numbers:
