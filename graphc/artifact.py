@@ -15,8 +15,8 @@ from graphc.model import nbytes, parameters, remove_stale
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from graphc.pipeline import Settings
     from graphc.report import Report
+    from graphc.settings import Settings
 
 SCHEMA = "graphc-artifact/1"
 
@@ -109,7 +109,7 @@ def _emit(model: ir.Model, staging: Path, output: Path, settings: Settings) -> P
 
 def _manifest(report: Report, written: Sequence[Path], folder: Path) -> dict[str, Any]:
     """What must be the same, byte for byte, when the same input is built again."""
-    from graphc.pipeline import versions
+    from graphc.environment import versions
 
     assert report.model is not None
     begun: dict[str, Any] = json.loads((folder / files.MANIFEST).read_text(encoding="utf-8"))

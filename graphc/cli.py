@@ -16,7 +16,7 @@ from graphc.errors import ExitCode, GraphcError
 from graphc.startup import defer_seldom_used_imports
 
 if TYPE_CHECKING:
-    from graphc.pipeline import Settings
+    from graphc.settings import Settings
 
 EPILOG = """\
 exit codes: 0 done, 1 a check or a gate failed, 2 bad input
@@ -199,8 +199,8 @@ def _verbosity(command: argparse.ArgumentParser) -> None:
 
 def _settings(a: Any) -> Settings:
     from graphc.gate import Gate
-    from graphc.pipeline import Settings
     from graphc.recipe import DEFAULT, Recipe, parse_backend
+    from graphc.settings import Settings
 
     recipe = Recipe.parse(a.passes) if a.passes is not None else Recipe.named(a.recipe or a.preset or DEFAULT)
     if a.mask:

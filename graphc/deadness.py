@@ -93,11 +93,11 @@ def units(sites: Sites, group: Group, known: Knowledge) -> Dead:
 def _by_unit(mask: Mask, site: Site, sites: Sites, group: Group) -> Array:
     """Which units hold only marked positions of an operand."""
     shape = (*group.blocks, group.size)
-    digits_along = sites.indices(site.operand, group.leaf, group.numbers)
+    digits_along = sites.indices(site, group.leaf, group.numbers)
     if site.axis < 0 or digits_along[site.axis] is None or mask.ndim != len(digits_along):
         return np.zeros(shape, dtype=bool)
     own = [digits if axis == site.axis else None for axis, digits in enumerate(digits_along)]
-    located = [own, *(sites.indices(site.operand, outer) for outer in group.outer)]
+    located = [own, *(sites.indices(site, outer) for outer in group.outer)]
     used = {axis for each in located for axis, digits in enumerate(each) if digits is not None}
     mask = np.asarray(mask.all(axis=tuple(a for a in range(mask.ndim) if a not in used), keepdims=True))
     lengths = []

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from graphc.environment import installed
 from graphc.errors import GraphcError
 
 PURPOSE = {
@@ -24,7 +24,7 @@ PURPOSE = {
 
 def examine() -> dict[str, Any]:
     """Everything ``graphc doctor`` shows, as plain data."""
-    packages = [{"name": n, "version": _version(n), "purpose": purpose} for n, purpose in PURPOSE.items()]
+    packages = [{"name": n, "version": installed(n), "purpose": purpose} for n, purpose in PURPOSE.items()]
     providers: list[dict[str, Any]] = []
     limits: dict[str, int] = {}
     advice = []
@@ -44,13 +44,6 @@ def examine() -> dict[str, Any]:
         "limits": limits,
         "advice": advice,
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def _providers(started: tuple[str, ...]) -> list[dict[str, Any]]:

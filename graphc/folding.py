@@ -96,10 +96,10 @@ def folds(sites: Sites, group: Group, gone: Array, known: Knowledge) -> Iterator
         fold = Fold.at(site.node, site.operand, known)
         if fold is None or site.axis != fold.axis:
             continue
-        digits = sites.indices(site.operand, group.leaf, group.numbers)[fold.axis]
+        digits = sites.indices(site, group.leaf, group.numbers)[fold.axis]
         if digits is None:
             continue
-        block = [sites.indices(site.operand, outer)[fold.axis] for outer in group.outer]
+        block = [sites.indices(site, outer)[fold.axis] for outer in group.outer]
         if any(b is None for b in block):
             everywhere = np.asarray(gone.all(axis=tuple(range(gone.ndim - 1))))
             marked = (digits >= 0) & everywhere[digits]

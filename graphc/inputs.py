@@ -245,8 +245,9 @@ def cautious(each: Input, shape: tuple[int, ...], bound: int, rng: np.random.Gen
 def _indices(each: Input, shape: tuple[int, ...], bound: int, rng: np.random.Generator) -> Array:
     if "position" in each.name.lower() and shape and shape[-1] <= bound:
         return np.broadcast_to(np.arange(shape[-1]), shape)
-    values = rng.integers(0, bound, size=shape)
-    values.reshape(-1)[:2] = (0, bound - 1)[: values.size]  # the ends of the table
+    values = np.asarray(rng.integers(0, bound, size=shape))
+    if values.size > 2:
+        values.reshape(-1)[:2] = 0, bound - 1  # the ends of the table
     return values
 
 
@@ -303,16 +304,16 @@ def wide(each: Input, shape: tuple[int, ...], bound: int, rng: np.random.Generat
 
 
 def smooth(each: Input, shape: tuple[int, ...], bound: int, rng: np.random.Generator) -> Array:
-    """Small values that change slowly along the last axes, as in pictures (from 0 to 1) and in recordings."""
-    axes = range(max(len(shape) - 2, 1), len(shape)) if len(shape) > 3 else range(len(shape) - 1, len(shape))
+    """Values that change slowly along the last axes: from 0 to 1 as in pictures, or small as in recordings."""
+    picture = len(shape) > 3
+    depth = 2 if picture else min(len(shape), 1)
+    leading = len(shape) - depth
     values = np.zeros(shape)
     for _ in range(3):
-        wave = np.ones(tuple(1 if axis in axes else size for axis, size in enumerate(shape)))
-        for axis in axes:
-            places = np.linspace(0, 2 * np.pi, shape[axis]).reshape([-1 if a == axis else 1 for a in range(len(shape))])
-            wave = wave * np.sin(
-                rng.uniform(0.5, 4) * places
-                + rng.uniform(0, 2 * np.pi, size=wave.shape[: axes[0]] + (1,) * (len(shape) - axes[0]))
-            )
-        values = values + wave
-    return 0.5 + values / 6 if len(shape) > 3 else values / 10
+        wave = np.ones(shape)
+        for axis in range(leading, len(shape)):
+            along = np.linspace(0, 2 * np.pi, shape[axis]).reshape(-1, *[1] * (len(shape) - axis - 1))
+            phase = rng.uniform(0, 2 * np.pi, size=(*shape[:leading], *[1] * depth))
+            wave *= np.sin(rng.uniform(0.5, 4) * along + phase)
+        values += wave
+    return 0.5 + values / 6 if picture else values / 10

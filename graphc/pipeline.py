@@ -9,44 +9,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphc import __version__
 from graphc.contract import Arrays, Backend, Context, Pass, no_progress
 from graphc.errors import BadInput, CheckFailed, nearest
 from graphc.gate import Gate, Judge
 from graphc.recipe import DEFAULT, Recipe, parse_backend
 from graphc.report import PassReport, Report
 from graphc.runner import Done, Runner, Step
+from graphc.settings import Settings
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from graphc.frontends import Source
     from graphc.checking import Checker, Comparison
+    from graphc.frontends import Source
 
 RESUME = "graphc.resume"
 """Metadata key of a model that ``--stop-after`` wrote: what is left to do, and what was done."""
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that holds for a whole run; the flags of ``graphc optimize``."""
-
-    recipe: Recipe
-    target: Backend
-    recipe_given: bool = True
-    data: Path | None = None
-    gates: tuple[Gate, ...] = ()
-    seed: int = 0
-    strict: bool = False
-    unchecked: bool = False
-    verify: bool = True
-    measure: bool = True
-    cache: bool = True
-    stop_after: str = ""
-    resume: bool = False
-    dry_run: bool = False
 
 
 def optimize(
@@ -124,7 +104,7 @@ def verify(
     """
     from graphc import data as samples
     from graphc import frontends
-    from graphc.checking import Checker, Comparison
+    from graphc.checking import Checker
 
     a, b = frontends.load(Path(reference)), frontends.load(Path(candidate))
     given = samples.load(Path(data), a.original) if data is not None else ()
@@ -279,7 +259,7 @@ class _Work:
 
     def _cache(self, passes: Sequence[Pass], done: Done | None, context: Context) -> tuple[Any, str]:
         """The store and the name of this work in it; no store where keeping the result would not pay."""
-        from graphc import cache
+        from graphc import cache, environment
         from graphc.model import nbytes
 
         store = cache.Store()
@@ -298,7 +278,7 @@ class _Work:
             ],
             gates=[str(gate) for gate in self.settings.gates],
             settings=[self.settings.seed, self.settings.verify, self.settings.unchecked],
-            versions=versions(),
+            versions=environment.versions(),
             code=cache.code_hash(),
         )
 
@@ -307,19 +287,6 @@ class _Work:
         if path is None:
             return []
         return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that can change what is emitted."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"graphc": __version__}
-    for package in ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _remember(folder: Path, done: Done) -> None:

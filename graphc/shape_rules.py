@@ -30,7 +30,8 @@ def infer(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
     if known is not None:
         try:
             found = known(node, inputs, facts)
-        except Unrepresentable:
+        except (Unrepresentable, IndexError, TypeError, ValueError, ZeroDivisionError):
+            # A node whose axes or shapes do not fit: the runtime will reject it, nothing is known about it.
             found = None
     return found if found is not None else _onnx_inference(node, inputs, facts)
 

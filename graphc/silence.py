@@ -28,7 +28,8 @@ def is_product(node: ir.Node) -> bool:
     Each operand of a product shows the same terms: it is enough that one proves them zero.
     """
     if node.op_type == "Attention":
-        return node.domain in ("", "ai.onnx")
+        # Keys of the past meet the queries too.
+        return node.domain in ("", "ai.onnx") and not any(node.inputs[4:6])
     return node.op_type in PRODUCTS
 
 

@@ -65,7 +65,9 @@ def measure(
     Raises:
         CannotRun: One of them does not run with the inputs.
     """
-    feeds: dict[str, Any] = {label: inputs.get(label, inputs) for label in runnables}
+    feeds: dict[str, Any] = {
+        label: own if isinstance(own := inputs.get(label), Mapping) else inputs for label in runnables
+    }
     for _ in range(warmup):
         for label, runnable in runnables.items():
             runnable.run(feeds[label])

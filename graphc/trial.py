@@ -16,8 +16,8 @@ from graphc.views.units import seconds, size
 if TYPE_CHECKING:
     from graphc.checking import Checker
     from graphc.frontends import Source
-    from graphc.pipeline import Settings
     from graphc.report import Report
+    from graphc.settings import Settings
 
 SLOWER = 1.05
 """Latency ratio from which the report says that the output is slower, if the whole spread is above it."""

@@ -1,11 +1,10 @@
-"""Whether the graphs of an ``onnx.ModelProto`` are well-formed: names, order, operators, dtypes.
+"""Whether the graphs of an ``onnx.ModelProto`` are well-formed: names, order, operators.
 
 ``onnx.checker`` asks much of the same, but ends at 2 GiB, stops at external data and does not say which node.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -13,14 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx import shape_inference
 
-from graphc import wire
 from graphc.container import describe
 from graphc.errors import BadInput, nearest
-
-_SHAPES = 1 << 13
-"""Bytes from which a constant is left out of shape inference: it holds no shape."""
 
 _STANDARD = ("", "ai.onnx")
 
@@ -276,7 +270,7 @@ class _Check:
         calls = {
             key: {
                 called
-                for node in _all_nodes(function.node)
+                for node in all_nodes(function.node)
                 if (called := (node.domain, node.op_type, node.overload)) in self.functions
             }
             for key, function in self.functions.items()
@@ -318,11 +312,11 @@ def _bodies(node: Any) -> Iterator[Any]:
             yield from attr.graphs
 
 
-def _all_nodes(nodes: Any) -> Iterator[Any]:
+def all_nodes(nodes: Any) -> Iterator[Any]:
     for node in nodes:
         yield node
         for body in _bodies(node):
-            yield from _all_nodes(body.node)
+            yield from all_nodes(body.node)
 
 
 def _reads(node: Any) -> Iterator[str]:
@@ -364,50 +358,3 @@ def _cycle(waiting: Sequence[set[int]], stuck: set[int]) -> list[int]:
         path.append(at)
         at = min(waiting[at] & stuck)
     return [*reversed(path[path.index(at) :]), path[-1]]
-
-
-_ERROR = re.compile(r"\(op_type:(?P<op>[^,)]*)(?:, node name: (?P<node>[^)]*))?\): (?P<why>.*)")
-_TYPE_ERROR = re.compile(r"TypeInferenceError|inconsistent type|unsupported type")
-
-
-def infer(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
-    """A copy of a model with inferred dtypes and shapes in it, and without the data of large constants.
-
-    A shape that contradicts what is declared is no error: exporters declare wrong ones, and runtimes go by
-    what they infer.
-
-    Raises:
-        BadInput: Dtypes contradict each other; the message names the node.
-    """
-    light = onnx.ModelProto.FromString(wire.strip(proto.SerializeToString(), "", _SHAPES))
-    for node in _all_nodes(light.graph.node):
-        node.name = node.name or (node.output[0] if node.output else "")
-    data = light.SerializeToString()
-    try:
-        result = shape_inference.infer_shapes(data, check_type=True, strict_mode=True)
-    except (shape_inference.InferenceError, RuntimeError, ValueError) as error:
-        # One line for each node that clashes; a node with a body repeats the errors in it.
-        for line in str(error).splitlines():
-            found = list(_ERROR.finditer(line))
-            if found and _TYPE_ERROR.search(line):
-                last = re.sub(r"\[\w+\] ", "", line[line.rindex(":") + 2 :]) if not found else found[-1]["why"]
-                inner = list(_ERROR.finditer(last)) or found
-                raise BadInput(
-                    "the dtypes do not fit together",
-                    where=f"{path}, node '{inner[-1]['node'] or ''}' ({inner[-1]['op']})",
-                    why=_dtypes_named(re.sub(r"\[\w+\] ", "", inner[-1]["why"])),
-                    hint="export the model again, or put a Cast before it",
-                ) from error
-        try:
-            result = shape_inference.infer_shapes(data)
-        except (shape_inference.InferenceError, RuntimeError, ValueError):
-            result = data
-    if isinstance(result, bytes):
-        result = onnx.ModelProto.FromString(result)
-    return result
-
-
-def _dtypes_named(text: str) -> str:
-    """onnx's numbers of dtypes as their names."""
-    names = {number: name.lower() for name, number in onnx.TensorProto.DataType.items()}
-    return re.sub(r"\((\d+)\)", lambda m: names.get(int(m[1]), m[0]), text)

@@ -126,7 +126,9 @@ def _node(line: str) -> tuple[ir.Node, ir.Model]:
     for i, text in enumerate(s.strip() for s in shapes.replace("],", "];").split(";")):
         dtype, dims = text.rstrip("]").split("[")
         kind = ir.DataType[dtype.upper()]
-        inputs.append(ir.Value(name=f"x{i}", shape=ir.Shape([int(d) for d in dims.split(",")]), type=ir.TensorType(kind)))
+        inputs.append(
+            ir.Value(name=f"x{i}", shape=ir.Shape([int(d) for d in dims.split(",")]), type=ir.TensorType(kind))
+        )
     attributes: list[ir.Attr] = []
     operands: list[ir.Value | None] = list(inputs)
     constants: list[ir.Value] = []

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
@@ -244,6 +247,14 @@ class TestLetsPass:
         assert found.ok, found.why
         assert found.worst is not None and found.worst.max_abs > 0
 
+    def test_a_scalar_output(self) -> None:
+        text = "g (float[N,64] x, int64[64] p) => (float y) { g = Gather<axis=1>(x, p) y = ReduceSum<keepdims=0>(g) }"
+        order = np.random.default_rng(0).permutation(64)
+        first, second = build(text, p=np.arange(64)), build(text, p=order)
+        assert compare(first, second).ok
+        wrong = build(text.replace("y = ReduceSum", "s = ReduceSum").replace(") }", ") y = Ceil(s) }"), p=order)
+        assert not compare(first, wrong).ok
+
     def test_half_precision(self) -> None:
         text = "g (float16[N,64] x, float16[64,64] a, float16[64,64] b) => (float16[N,64] y) { %s }"
         a, b = normal(64, 64, scale=0.1).astype(np.float16), normal(64, 64, seed=1, scale=0.1).astype(np.float16)
@@ -346,6 +357,45 @@ def test_user_data_is_used(resnet: Checker) -> None:
     found = checker.compare(RESNET)
     assert found.ok
     assert found.cases == ("data[0]", "data[1]")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is asked of Linux")
+def test_large_weights_are_not_held_in_memory(tmp_path: Path) -> None:
+    """Reference, noise and candidate of a model with 640 MB of weights; all of them are mapped."""
+    size, count = 4000, 10
+    with (tmp_path / "weights").open("wb") as file:
+        for seed in range(count):
+            file.write(normal(size, size, seed=seed, scale=size**-0.5).tobytes())
+    layers = " ".join(f"h{i + 1} = MatMul(h{i}, w{i})" for i in range(count))
+    declared = ", ".join(f"float[{size},{size}] w{i}" for i in range(count))
+    text = f"g (float[N,{size}] h0, {declared}) => (float[N,{size}] h{count}) {{ {layers} }}"
+    model = ir.from_onnx_text(f"{HEAD} {text}")
+    for i, value in enumerate([v for v in model.graph.inputs if v.name != "h0"]):
+        model.graph.inputs.remove(value)
+        value.const_value = ir.ExternalTensor(
+            "weights", i * size * size * 4, size * size * 4, ir.DataType.FLOAT, shape=ir.Shape((size, size)),
+            name=value.name or "", base_dir=tmp_path,
+        )  # fmt: skip
+        model.graph.register_initializer(value)
+    path = tmp_path / "model.onnx"
+    onnx.save(ir.to_proto(model), path)
+    code = f"""if True:
+        import threading, time
+        from pathlib import Path
+        from graphc import checking, timing
+        peak = base = timing._status("RssAnon")
+        def watch():
+            global peak
+            while True:
+                peak = max(peak, timing._status("RssAnon"))
+                time.sleep(0.005)
+        threading.Thread(target=watch, daemon=True).start()
+        found = checking.compare(Path({str(path)!r}), Path({str(path)!r}))
+        assert found.ok and found.checked
+        print(peak)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 150e6
 
 
 def test_json(resnet: Checker) -> None:

@@ -263,8 +263,9 @@ def test_a_model_that_cannot_run_here_says_so_and_gets_only_what_needs_no_check(
 
 
 def test_the_report_is_written_as_json_and_html(tmp_path: Path) -> None:
-    from graphc.pipeline import Settings, run
+    from graphc.pipeline import run
     from graphc.recipe import Recipe, parse_backend
+    from graphc.settings import Settings
 
     settings = Settings(Recipe.parse("rename"), parse_backend("onnxruntime"), measure=False, cache=False)
     for name in ("r.json", "r.html"):

@@ -288,28 +288,29 @@ def test_what_a_crash_leaves_unanswered(monkeypatch: pytest.MonkeyPatch) -> None
     assert found.max_opset[""] == 21
 
 
-class _Sleeper(Runnable):
-    provider = "sleep"
+class _Worker(Runnable):
+    """Takes some seconds of a clock that only it moves."""
 
-    def __init__(self, log: list[str], label: str, seconds: float) -> None:
-        self.log, self.label, self.seconds = log, label, seconds
+    provider = "clock"
+    now = 0.0
+    log = ""
+
+    def __init__(self, label: str, seconds: float) -> None:
+        self.label, self.seconds = label, seconds
 
     def run(self, inputs: Any) -> dict[str, Any]:
-        import time
-
-        self.log.append(self.label)
-        time.sleep(self.seconds)
+        _Worker.log += self.label
+        _Worker.now += self.seconds
         return {}
 
 
-def test_measure_alternates_and_compares() -> None:
-    log: list[str] = []
-    runnables = {"a": _Sleeper(log, "a", 0.002), "b": _Sleeper(log, "b", 0.006)}
-    found = runtime.measure(runnables, {}, rounds=5, warmup=1)
-    assert "".join(log) == "ab" + "abbaabbaab"
-    assert found["a"].ratio == 1
-    assert found["a"].rounds == 5
-    assert found["b"].low <= found["b"].median <= found["b"].high
-    assert found["b"].ratio_low <= found["b"].ratio <= found["b"].ratio_high
-    assert found["b"].ratio > 1.5
-    assert found["b"].provider == "sleep"
+def test_measure_alternates_and_compares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.perf_counter", lambda: _Worker.now)
+    runnables = {"a": _Worker("a", 2.0), "b": _Worker("b", 6.0)}
+    found = runtime.measure(runnables, {"a": np.zeros(1)}, rounds=5, warmup=1)
+    assert _Worker.log == "ab" + "abbaabbaab"
+    assert (found["a"].median, found["a"].ratio, found["a"].rounds) == (2, 1, 5)
+    assert (found["b"].low, found["b"].median, found["b"].high) == (6, 6, 6)
+    assert (found["b"].ratio_low, found["b"].ratio, found["b"].ratio_high) == (3, 3, 3)
+    assert found["b"].provider == "clock"
+    assert runtime.measure(runnables, {}, seconds=79.0)["a"].rounds == 10

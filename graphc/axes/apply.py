@@ -76,6 +76,9 @@ class Application:
                 self._output(i, out, self.rule.outputs[i])
             elif out.uses() or out.is_graph_output():
                 raise NoRule(f"the rule of {self.node.op_type} has fewer outputs")
+        for name, count in self.line.multiples.items():
+            if name in self.names:
+                self.trace.multiple(self.names[name], count, self.node)
         self._summed()
         self._roots()
 

@@ -277,9 +277,11 @@ class _Surgery:
                 size = self._size(application, names)
                 if isinstance(size, int):
                     node.attributes[attribute] = ir.AttrInt64(attribute, size)
-            if "qkv_hidden_sizes" in node.attributes:
-                v = "h v" if "v" in application.names else "h d"
-                widths = [self._size(application, names) for names in ("h d", "h d", v)]
+            v = "h v" if "v" in application.names else "h d"
+            widths = [self._size(application, names) for names in ("h d", "h d", v)]
+            if operator == "com.microsoft.Attention" and (
+                widths[0] != widths[2] or "qkv_hidden_sizes" in node.attributes
+            ):
                 node.attributes["qkv_hidden_sizes"] = ir.AttrInt64s("qkv_hidden_sizes", widths)  # type: ignore[arg-type]
             if node.op_type in SCALED:
                 self._scale(node, application)

@@ -491,9 +491,12 @@ class _Builder:
         competing = [f.source for f in facts if f.what == "^" and f.source is not None]
         needed = [k for k in map(self._top, competing) if k]
         min_keep = max(needed, default=1)
+        multiple_of = math.lcm(*(f.count for f in facts if f.what == "multiple"))
         constraints = []
         if outer:
             constraints.append("balanced: every block keeps equally many")
+        if multiple_of > 1:
+            constraints.append(f"a multiple of {multiple_of} must remain")
         if needed:
             constraints.append(f"at least {min_keep}: a top-k picks as many")
         reads = self._reads(leaf, facts)
@@ -507,7 +510,8 @@ class _Builder:
             block_groups=tuple(names.get(o, "") for o in outer),
             params=params,
             bytes=total,
-            min_keep=min_keep,
+            min_keep=max(min_keep, multiple_of),
+            multiple_of=multiple_of,
             constraints=tuple(constraints),
             normalisers=tuple(normalisers.values()),
             neutral=-math.inf if competing else 0.0,

@@ -42,11 +42,12 @@ class Fact:
 
     Attributes:
         axis: The axis; resolve it to leaves when the trace is complete.
-        what: ``"fixed"``, ``"~"`` (averaged), ``"^"`` (competing), ``"summed"`` (contracted).
+        what: ``"fixed"``, ``"~"`` (averaged), ``"^"`` (competing), ``"summed"`` (contracted), ``"multiple"``.
         reason: For fixed axes: why, in plain words.
         node: The node's name, or "" for the model's interface.
         source: The node, if there is one.
         operand: The value whose axis it is.
+        count: What the number of indices must be a multiple of.
     """
 
     axis: Axis
@@ -55,6 +56,7 @@ class Fact:
     node: str
     source: ir.Node | None = None
     operand: ir.Value | None = None
+    count: int = 1
 
 
 def node_name(node: ir.Node) -> str:
@@ -116,6 +118,9 @@ class Trace:
 
     def summed(self, axis: Axis, node: ir.Node, operand: ir.Value) -> None:
         self.facts.append(Fact(axis, "summed", "", node_name(node), node, operand))
+
+    def multiple(self, axis: Axis, count: int, node: ir.Node) -> None:
+        self.facts.append(Fact(axis, "multiple", "", node_name(node), node, None, count))
 
     def facts_of(self, node: ir.Node) -> list[Fact]:
         """What a node said."""

@@ -9,13 +9,15 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from graphc import container, edit, files, wellformed
+from graphc import container, dtypes, edit, files, wellformed
 from graphc.contract import PassResult
 from graphc.errors import BadInput
 from graphc.frontends import Source
 from graphc.model import from_proto
-from graphc.portable import WORKING_OPSET, lower_opset
-from graphc.upgrade import OLDEST, BoundByCaller, Unconvertible, upgrade
+from graphc.opset import WORKING
+from graphc.opset.adapters import BoundByCaller, Unconvertible
+from graphc.opset.lower import lower
+from graphc.opset.upgrade import OLDEST, upgrade
 
 
 def load(path: Path) -> Source:
@@ -31,7 +33,7 @@ def load(path: Path) -> Source:
     contents = container.read(found)
     proto = contents.proto
     wellformed.check(proto, found)
-    inferred = wellformed.infer(proto, found)
+    inferred = dtypes.infer(proto, found)
     original = from_proto(proto, found)
     result = PassResult()
     _repair(original, result)
@@ -96,15 +98,15 @@ def _repair(model: ir.Model, result: PassResult) -> None:
             inputs.remove(value)
         result.change("initializer no longer listed as an input (IR version 3 required it)", len(listed))
     before = model.opset_imports.get("", 1)
-    after = lower_opset(model)
+    after = lower(model)
     if after != before:
         result.change(f"opset {before} -> {after}: all operators are the same in both")
 
 
 def _at_working_opset(original: ir.Model, inferred: onnx.ModelProto, result: PassResult) -> ir.Model:
     """A copy of the model at the working opset, or as it was where ``result`` says why."""
-    now = original.opset_imports.get("", WORKING_OPSET)
-    if now >= WORKING_OPSET:
+    now = original.opset_imports.get("", WORKING)
+    if now >= WORKING:
         return original.clone()
     if now < OLDEST:
         result.refuse(original.graph.name or "", f"stays at opset {now}: only opset {OLDEST} and later are converted")
@@ -114,7 +116,7 @@ def _at_working_opset(original: ir.Model, inferred: onnx.ModelProto, result: Pas
     except Unconvertible as error:
         result.refuse(error.node, f"stays at opset {now}: {error.node.op_type}: {error.reason}")
         return original.clone()
-    result.change(f"opset {now} -> {WORKING_OPSET}")
+    result.change(f"opset {now} -> {WORKING}")
     if len(model.functions) < len(original.functions):
         result.change("function inlined", len(original.functions))
     return model
@@ -125,7 +127,7 @@ def _upgraded(original: ir.Model, inferred: onnx.ModelProto) -> ir.Model:
     model = original.clone()
     before = list(_annotate(model.graph, inferred.graph))
     try:
-        upgrade(model, WORKING_OPSET)
+        upgrade(model, WORKING)
     except BoundByCaller:
         from onnx_ir.passes.common import InlinePass
 
@@ -134,7 +136,7 @@ def _upgraded(original: ir.Model, inferred: onnx.ModelProto) -> ir.Model:
         model = original.clone()
         InlinePass()(model)
         before = []
-        upgrade(model, WORKING_OPSET)
+        upgrade(model, WORKING)
     for value, dtype, shape in before:
         value.type, value.shape = dtype, shape
     return model

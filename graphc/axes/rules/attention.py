@@ -88,13 +88,13 @@ def multi_head_attention(n: View) -> Line:
         sizes["d"] = _heads(n, n.shape(0)[2], heads)
         if n.has(1) and n.rank(1) == 5:
             key, v, out = "b [t] h 2 d", "d", "b [s] (h d)"
+        elif n.has(1) and n.rank(1) == 4:
+            key, value, v, out = "b h [t] d", "b h [t] d", "d", "b [s] (h d)"
         elif n.has(1):
-            key = "b h [t] d" if n.rank(1) == 4 else "b [t] (h d)"
-            value = "b h [t] v" if n.rank(2) == 4 else "b [t] (h v)"
+            key, value = "b [t] (h d)", "b [t] (h v)"
     bias = f"((h d) + (h d) + (h {v}))" if n.has(3) else ""
     if n.has(3) and v == "v":
-        width = n.shape(2)[1] if n.rank(2) == 4 else n.shape(2)[2]
-        sizes["v"] = n.shape(2)[3] if n.rank(2) == 4 else _heads(n, width, heads)
+        sizes["v"] = _heads(n, n.shape(2)[2], heads)
     mask = "!" if n.has(4) else ""
     past = ["b h [p] d" if n.has(6) else "", f"b h [p] {v}" if n.has(7) else ""]
     inputs = ", ".join([query, key, value, bias, mask, _mask(n, 5, "h"), *past, *[""] * max(0, n.inputs - 8)])
@@ -121,7 +121,10 @@ def group_query_attention(n: View) -> Line:
     if any(n.has(i) for i in range(12, n.inputs)):
         raise NoRule("a quantized cache is not covered")
     inputs = ", ".join([query, kv, kv, *past, "b" if n.rank(5) == 1 else "b 1", "", *table, ids, bias, sink])
-    return Line(f"{inputs} -> b [s] (h r {d}), b h [u] {d}, b h [u] {d}, b (h r) [s] [u]", sizes)
+    # The kernels of ONNX Runtime want head sizes of a multiple of 8, of 16 with rotary pairs.
+    multiples = {"d": 8, "e": 8}
+    outputs = f"b [s] (h r {d}), b h [u] {d}, b h [u] {d}, b (h r) [s] [u]"
+    return Line(f"{inputs} -> {outputs}", sizes, multiples=multiples)
 
 
 def _rotated(n: View, size: Size, rotary: bool, table: int) -> tuple[str, dict[str, Size | tuple[Size, ...]]]:

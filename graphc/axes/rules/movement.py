@@ -480,4 +480,4 @@ def range_rule(n: View) -> Line:
 
 @rule("EyeLike")
 def eye_like(n: View) -> str:
-    return ". -> !"
+    return "! -> !"

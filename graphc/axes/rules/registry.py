@@ -33,11 +33,13 @@ class Line:
         text: Patterns in the language of ``graphc.axes.notation``, without the operator.
         sizes: Sizes of names; a tuple for all axes of a star.
         picks: Constant positions by the name that follows ``@``.
+        multiples: By name: what its size must be a multiple of, because kernels ask for it.
     """
 
     text: str
     sizes: Mapping[str, Size | tuple[Size, ...]] = field(default_factory=dict)
     picks: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    multiples: Mapping[str, int] = field(default_factory=dict)
 
 
 class View:
@@ -210,4 +212,4 @@ def line_for(view: View) -> tuple[notation.Rule, Line] | None:
         return None
     made = function(view)
     line = made if isinstance(made, Line) else Line(made)
-    return notation.parse(line.text), Line(line.text, {**given, **line.sizes}, line.picks)
+    return notation.parse(line.text), Line(line.text, {**given, **line.sizes}, line.picks, line.multiples)

@@ -155,7 +155,7 @@ def affine_grid(n: View) -> Line:
     size = n.values(1)
     if size is None:
         raise NoRule("the size of the grid is not known")
-    return Line("n [i] [j],  -> n [*y]", {"y": (*size[2:], len(size) - 2)})
+    return Line("[n] [i] [j],  -> [n] [*y]", {"y": (*size[2:], len(size) - 2)})
 
 
 @rule("MaxUnpool")

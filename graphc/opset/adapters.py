@@ -1,25 +1,18 @@
-"""Bring a model from an older opset to a newer one, operator by operator.
+"""What operators of older opsets become in newer ones: one adapter for each change of meaning or form.
 
-Most operators only gained dtypes or attributes whose defaults say what was so before; they need nothing. The
-others have an adapter for the version that changed them. What is not of the standard domain, names, metadata,
-subgraphs, functions and weights are left alone. (onnx's own converter skips subgraphs, renames values, drops
-functions and metadata, and holds all weights in memory.)
+The changes are those of ``onnx/defs/*/old.cc``. An adapter changes its node in place, so that its outputs stay the
+values that they are; what it adds is right in every later opset, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from graphc import edit
-
-OLDEST = 6
-"""The oldest opset that can be converted; the ones before it were experiments of the first months of ONNX."""
 
 
 class Unconvertible(Exception):
@@ -39,62 +32,7 @@ class BoundByCaller(Unconvertible):
     """An attribute that must become an input is given by the caller of a function; inlining helps."""
 
 
-def upgrade(model: ir.Model, version: int) -> None:
-    """Convert all standard operators of a model, in place, from the opset it imports to ``version``.
-
-    Shapes of values help where they are known. The model is unusable if an error is raised.
-
-    Raises:
-        Unconvertible: For the first node that cannot be converted.
-    """
-    names = edit.Names(model)
-    bodies = [(model.graph, model.opset_imports)]
-    bodies += [(f.graph, f.opset_imports) for f in model.functions.values() if "" in f.opset_imports]
-    for body, imports in bodies:
-        tools = _Tools(names, in_function=body is not model.graph)
-        begin = imports.get("", 1)
-        graphs = [body, *body.subgraphs()]
-        # What adapters add is right for every later opset, so that only these nodes change, some more than once.
-        adapted = [n for g in graphs for n in g if n.op_type in _ADAPTED and n.domain in ("", "ai.onnx")]
-        for step in range(begin + 1, version + 1):
-            for node in adapted:
-                adapter = _ADAPTERS.get((node.op_type, step))
-                if adapter is not None:
-                    adapter(node, tools)
-        imports[""] = max(begin, version)
-        for graph in graphs:
-            for node in graph:
-                _check(node, max(begin, version))
-
-
-def _check(node: ir.Node, version: int) -> None:
-    """Refuse a node that the definition of its operator in ``version`` does not allow."""
-    if node.domain not in ("", "ai.onnx"):
-        return
-    schema = _schema(node.op_type, version)
-    if schema is None or schema.deprecated:
-        raise Unconvertible(node, f"opset {version} has no operator {node.op_type}")
-    if not schema.min_input <= len(node.inputs) <= schema.max_input:
-        raise Unconvertible(node, f"opset {version} does not take its {len(node.inputs)} inputs")
-    if len(node.outputs) > schema.max_output:
-        raise Unconvertible(node, f"opset {version} does not give its {len(node.outputs)} outputs")
-    unknown = set(node.attributes) - set(schema.attributes)
-    if unknown:
-        raise Unconvertible(node, f"opset {version} does not know its attribute '{min(unknown)}'")
-    for name, attribute in schema.attributes.items():
-        if attribute.required and name not in node.attributes:
-            raise Unconvertible(node, f"opset {version} needs an attribute '{name}'")
-
-
-@cache
-def _schema(operator: str, version: int) -> Any:
-    try:
-        return onnx.defs.get_schema(operator, version)
-    except onnx.defs.SchemaError:
-        return None
-
-
-class _Tools:
+class Tools:
     """Adds nodes and constants beside the node that is converted."""
 
     def __init__(self, names: edit.Names, in_function: bool) -> None:
@@ -146,10 +84,10 @@ def _set_input(node: ir.Node, index: int, value: ir.Value | None) -> None:
     node.replace_input_with(index, value)
 
 
-def _to_inputs(**attributes: int) -> Callable[[ir.Node, _Tools], None]:
+def _to_inputs(**attributes: int) -> Callable[[ir.Node, Tools], None]:
     """An adapter for integer attributes that became inputs: attribute name to input index."""
 
-    def adapter(node: ir.Node, tools: _Tools) -> None:
+    def adapter(node: ir.Node, tools: Tools) -> None:
         for name, index in attributes.items():
             value = _pop(node, name)
             # An empty list means what an absent one does.
@@ -159,7 +97,7 @@ def _to_inputs(**attributes: int) -> Callable[[ir.Node, _Tools], None]:
     return adapter
 
 
-def _binary(node: ir.Node, tools: _Tools) -> None:
+def _binary(node: ir.Node, tools: Tools) -> None:
     """Until opset 6 the second operand's axes were those of the first from ``axis`` on, by default the last ones."""
     axis = _pop(node, "axis")
     if not _pop(node, "broadcast", 0) or axis is None:
@@ -170,7 +108,7 @@ def _binary(node: ir.Node, tools: _Tools) -> None:
     _append_axes(node, tools, axis % len(a.shape), len(a.shape))
 
 
-def _prelu(node: ir.Node, tools: _Tools) -> None:
+def _prelu(node: ir.Node, tools: Tools) -> None:
     """Until opset 6 a slope of rank 1 had one number for each channel."""
     x, slope = node.inputs
     if x is None or slope is None or x.shape is None or slope.shape is None:
@@ -179,7 +117,7 @@ def _prelu(node: ir.Node, tools: _Tools) -> None:
         _append_axes(node, tools, 1, len(x.shape))
 
 
-def _append_axes(node: ir.Node, tools: _Tools, first: int, rank: int) -> None:
+def _append_axes(node: ir.Node, tools: Tools, first: int, rank: int) -> None:
     """Give the second input of ``node`` as many axes of size 1 as align its first one with axis ``first``."""
     b = node.inputs[1]
     assert b is not None and b.shape is not None
@@ -189,21 +127,21 @@ def _append_axes(node: ir.Node, tools: _Tools, first: int, rank: int) -> None:
         node.replace_input_with(1, tools.node(node, "Unsqueeze", [b, axes], "aligned"))
 
 
-def _inference_only(node: ir.Node, tools: _Tools) -> None:
+def _inference_only(node: ir.Node, tools: Tools) -> None:
     if not _pop(node, "is_test", 0):
         raise Unconvertible(node, "it is in training mode (is_test=0)")
 
 
-def _without(name: str) -> Callable[[ir.Node, _Tools], None]:
+def _without(name: str) -> Callable[[ir.Node, Tools], None]:
     """An adapter for an attribute that was removed since it meant nothing."""
 
-    def adapter(node: ir.Node, tools: _Tools) -> None:
+    def adapter(node: ir.Node, tools: Tools) -> None:
         node.attributes.pop(name, None)
 
     return adapter
 
 
-def _like(node: ir.Node, tools: _Tools, number: float, hint: str) -> ir.Value:
+def _like(node: ir.Node, tools: Tools, number: float, hint: str) -> ir.Value:
     """A scalar in the dtype of the first input of ``node``."""
     x = node.inputs[0]
     if x is not None and x.dtype is not None:
@@ -212,25 +150,25 @@ def _like(node: ir.Node, tools: _Tools, number: float, hint: str) -> ir.Value:
     return tools.node(node, "CastLike", [plain, x], hint)
 
 
-def _clip(node: ir.Node, tools: _Tools) -> None:
+def _clip(node: ir.Node, tools: Tools) -> None:
     for index, name in ((1, "min"), (2, "max")):
         value = _pop(node, name)
         if value is not None:
             _set_input(node, index, _like(node, tools, value, name))
 
 
-def _pad(node: ir.Node, tools: _Tools) -> None:
+def _pad(node: ir.Node, tools: Tools) -> None:
     number = _pop(node, "value", 0.0)
     _set_input(node, 1, tools.constant(node, np.array(_pop(node, "pads"), dtype=np.int64), "pads"))
     if number:
         _set_input(node, 2, _like(node, tools, number, "value"))
 
 
-def _topk(node: ir.Node, tools: _Tools) -> None:
+def _topk(node: ir.Node, tools: Tools) -> None:
     _set_input(node, 1, tools.constant(node, np.array([_pop(node, "k")], dtype=np.int64), "k"))
 
 
-def _slice(node: ir.Node, tools: _Tools) -> None:
+def _slice(node: ir.Node, tools: Tools) -> None:
     if _get(node, "axes") == ():
         del node.attributes["axes"]
     for index, name in enumerate(("starts", "ends", "axes"), start=1):
@@ -239,19 +177,19 @@ def _slice(node: ir.Node, tools: _Tools) -> None:
             _set_input(node, index, tools.constant(node, np.array(value, dtype=np.int64), name))
 
 
-def _batch_normalization_9(node: ir.Node, tools: _Tools) -> None:
+def _batch_normalization_9(node: ir.Node, tools: Tools) -> None:
     if _pop(node, "spatial", 1) != 1:
         raise Unconvertible(node, "it normalises each activation on its own (spatial=0)")
 
 
-def _batch_normalization_14(node: ir.Node, tools: _Tools) -> None:
+def _batch_normalization_14(node: ir.Node, tools: Tools) -> None:
     """Further outputs meant training, read or not."""
     if any(v.name for v in node.outputs[1:]):
         raise Unconvertible(node, "it is in training mode")
     node.resize_outputs(1)
 
 
-def _dropout(node: ir.Node, tools: _Tools) -> None:
+def _dropout(node: ir.Node, tools: Tools) -> None:
     """In inference the ratio means nothing; what the mask holds then was not defined."""
     if any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
         raise Unconvertible(node, "its mask is used")
@@ -260,7 +198,7 @@ def _dropout(node: ir.Node, tools: _Tools) -> None:
         _set_input(node, 1, tools.constant(node, np.array(ratio, dtype=np.float32), "ratio"))
 
 
-def _upsample_9(node: ir.Node, tools: _Tools) -> None:
+def _upsample_9(node: ir.Node, tools: Tools) -> None:
     scales = _pop(node, "scales")
     if scales is None:
         raise Unconvertible(node, "it is the Upsample of before opset 7")
@@ -268,13 +206,13 @@ def _upsample_9(node: ir.Node, tools: _Tools) -> None:
     _set_input(node, 1, tools.constant(node, scales, "scales"))
 
 
-def _upsample_10(node: ir.Node, tools: _Tools) -> None:
+def _upsample_10(node: ir.Node, tools: Tools) -> None:
     """Upsample became Resize; it rounds down since its scales are at least 1."""
     node.op_type = "Resize"
     _resize_attributes(node, "floor")
 
 
-def _resize_11(node: ir.Node, tools: _Tools) -> None:
+def _resize_11(node: ir.Node, tools: Tools) -> None:
     if "coordinate_transformation_mode" in node.attributes:
         return  # it was an Upsample
     rounding = "floor"
@@ -300,7 +238,7 @@ def _resize_attributes(node: ir.Node, rounding: str) -> None:
     node.attributes["nearest_mode"] = ir.AttrString("nearest_mode", rounding)
 
 
-def _resize_13(node: ir.Node, tools: _Tools) -> None:
+def _resize_13(node: ir.Node, tools: Tools) -> None:
     """Inputs that do not apply were empty tensors and became absent."""
     mode = _get(node, "coordinate_transformation_mode", "half_pixel")
     if mode == "tf_half_pixel_for_nn":
@@ -311,19 +249,19 @@ def _resize_13(node: ir.Node, tools: _Tools) -> None:
         node.replace_input_with(2, None)
 
 
-def _scatter(node: ir.Node, tools: _Tools) -> None:
+def _scatter(node: ir.Node, tools: Tools) -> None:
     node.op_type = "ScatterElements"
 
 
-def _split_18(node: ir.Node, tools: _Tools) -> None:
+def _split_18(node: ir.Node, tools: Tools) -> None:
     if len(node.inputs) < 2 or node.inputs[1] is None:
         node.attributes["num_outputs"] = ir.AttrInt64("num_outputs", len(node.outputs))
 
 
-def _softmax(default: int) -> Callable[[ir.Node, _Tools], None]:
+def _softmax(default: int) -> Callable[[ir.Node, Tools], None]:
     """Until opset 12 all axes from ``axis`` on were normalised together, as if flattened."""
 
-    def adapter(node: ir.Node, tools: _Tools) -> None:
+    def adapter(node: ir.Node, tools: Tools) -> None:
         axis = _pop(node, "axis", default)
         x = node.inputs[0]
         assert x is not None
@@ -348,23 +286,23 @@ def _softmax(default: int) -> Callable[[ir.Node, _Tools], None]:
     return adapter
 
 
-def _roi_align(node: ir.Node, tools: _Tools) -> None:
+def _roi_align(node: ir.Node, tools: Tools) -> None:
     name = "coordinate_transformation_mode"
     node.attributes[name] = ir.AttrString(name, "output_half_pixel")
 
 
-def _grid_sample(node: ir.Node, tools: _Tools) -> None:
+def _grid_sample(node: ir.Node, tools: Tools) -> None:
     mode = _get(node, "mode", "bilinear")
     names: Mapping[str, str] = {"bilinear": "linear", "bicubic": "cubic"}
     node.attributes["mode"] = ir.AttrString("mode", names.get(mode, mode))
 
 
-def _dft(node: ir.Node, tools: _Tools) -> None:
+def _dft(node: ir.Node, tools: Tools) -> None:
     axis = np.array(_pop(node, "axis", 1), dtype=np.int64)
     _set_input(node, 2, tools.constant(node, axis, "axis"))
 
 
-def _group_normalization(node: ir.Node, tools: _Tools) -> None:
+def _group_normalization(node: ir.Node, tools: Tools) -> None:
     """Scale and bias, one for each group, became one for each channel."""
     x, groups = node.inputs[0], _get(node, "num_groups")
     channels = x.shape[1] if x is not None and x.shape is not None else None
@@ -379,14 +317,14 @@ def _group_normalization(node: ir.Node, tools: _Tools) -> None:
         node.replace_input_with(index, flat)
 
 
-def _refuse(reason: str) -> Callable[[ir.Node, _Tools], None]:
-    def adapter(node: ir.Node, tools: _Tools) -> None:
+def _refuse(reason: str) -> Callable[[ir.Node, Tools], None]:
+    def adapter(node: ir.Node, tools: Tools) -> None:
         raise Unconvertible(node, reason)
 
     return adapter
 
 
-_ADAPTERS: dict[tuple[str, int], Callable[[ir.Node, _Tools], None]] = {
+ADAPTERS: dict[tuple[str, int], Callable[[ir.Node, Tools], None]] = {
     ("BatchNormalization", 7): _inference_only,
     ("Dropout", 7): _inference_only,
     ("Gemm", 7): _without("broadcast"),
@@ -420,12 +358,13 @@ _ADAPTERS: dict[tuple[str, int], Callable[[ir.Node, _Tools], None]] = {
     ("GridSample", 20): _grid_sample,
     ("GroupNormalization", 21): _group_normalization,
 }
-"""What to do to an operator when it comes to the opset that changed its meaning or its form (onnx/defs/*/old.cc)."""
+"""What to do to an operator when it comes to the opset that changed it."""
 
 for _name in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare"):
-    _ADAPTERS[f"Reduce{_name}", 18] = _to_inputs(axes=1)
+    ADAPTERS[f"Reduce{_name}", 18] = _to_inputs(axes=1)
 
 for _name in ("Add", "And", "Div", "Equal", "Greater", "Less", "Mul", "Or", "Pow", "Sub", "Xor"):
-    _ADAPTERS[_name, 7] = _binary
+    ADAPTERS[_name, 7] = _binary
 
-_ADAPTED = frozenset(operator for operator, _ in _ADAPTERS)
+ADAPTED = frozenset(operator for operator, _ in ADAPTERS)
+"""The operators that have adapters."""

@@ -1,0 +1,30 @@
+"""The flags that hold for a whole run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from graphc.contract import Backend
+from graphc.gate import Gate
+from graphc.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that holds for a whole run; the flags of ``graphc optimize``."""
+
+    recipe: Recipe
+    target: Backend
+    recipe_given: bool = True
+    data: Path | None = None
+    gates: tuple[Gate, ...] = ()
+    seed: int = 0
+    strict: bool = False
+    unchecked: bool = False
+    verify: bool = True
+    measure: bool = True
+    cache: bool = True
+    stop_after: str = ""
+    resume: bool = False
+    dry_run: bool = False
