@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphc import __version__
 from graphc.errors import ExitCode, GraphcError
-from graphc.startup import defer_seldom_used_imports
+from graphc.startup import prepare_process
 
 if TYPE_CHECKING:
     from graphc.settings import Settings
@@ -27,7 +27,7 @@ start here: graphc optimize model.onnx      what runs here: graphc doctor
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Without arguments it is the process's own."""
     if argv is None:
-        defer_seldom_used_imports()
+        prepare_process()
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))

@@ -54,7 +54,7 @@ def infer(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
 
 
 def _clash(line: str) -> re.Match[str] | None:
-    """What a line of onnx's errors says of dtypes, if it does; a node with bodies repeats the error of a node in them."""
+    """What a line of onnx's errors says of dtypes, if it does; a node repeats the errors in its bodies."""
     found = None
     if _TYPE_ERROR.search(line):
         while match := _ERROR.search(line):

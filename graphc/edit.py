@@ -159,7 +159,7 @@ class Names:
 def initializer(graph: ir.Graph, data: Array | ir.TensorProtocol, name: str) -> ir.Value:
     """Add a constant to the graph under ``name``, which must be free; a tensor is kept as it is, unread."""
     held = ir.tensor(np.asarray(data, order="C"), name=name) if isinstance(data, np.ndarray) else data
-    value = ir.Value(name=name, shape=ir.Shape(tuple(held.shape)), type=ir.TensorType(held.dtype), const_value=held)
+    value = ir.Value(name=name, shape=ir.Shape(held.shape.numpy()), type=ir.TensorType(held.dtype), const_value=held)
     graph.register_initializer(value)
     return value
 

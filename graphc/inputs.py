@@ -140,12 +140,15 @@ def cases(model: ir.Model, *, seed: int = 0, accepts: Callable[[Arrays], bool] |
 
 def _input(model: ir.Model, value: ir.Value) -> Input:
     name = value.name or ""
-    hint = "give inputs with --data"
     if not isinstance(value.type, ir.TensorType):
         kind = type(value.type).__name__.removesuffix("Type").lower() if value.type else "of unknown type"
-        raise BadInput(f"no values can be made for input '{name}'", why=f"it is no tensor but {kind}", hint=hint)
+        raise BadInput(f"no values can be made for input '{name}'", why=f"it is no tensor but {kind}")
     if value.shape is None:
-        raise BadInput(f"no values can be made for input '{name}'", why="its rank is not declared", hint=hint)
+        raise BadInput(
+            f"no values can be made for input '{name}'",
+            why="its rank is not declared",
+            hint="give inputs with --data",
+        )
     dims: list[int | str] = []
     for axis, size in enumerate(value.shape):
         dim = size if isinstance(size, int) else size.value

@@ -7,6 +7,7 @@ local functions and the interface keep their types at their borders.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -133,6 +134,9 @@ def _parts(array: edit.Array) -> list[edit.Array]:
 
 def _greatest(part: edit.Array) -> float:
     """The largest finite magnitude."""
+    largest = max(float(part.max()), -float(part.min()))
+    if math.isfinite(largest):
+        return largest
     size = np.abs(part.astype(np.float64))
     return float(size[np.isfinite(size)].max(initial=0))
 

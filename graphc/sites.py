@@ -47,7 +47,9 @@ class Sites:
         self._owner = {leaf: group.name for group in groups for leaf in (group.leaf, *(group.numbers or ()))}
         self._by_group: dict[str, list[Site]] = {group.name: [] for group in groups}
         for fact in self._trace.facts:
-            if fact.what in ("summed", "~", "^") and fact.source is not None and fact.operand is not None:
+            if fact.what not in ("summed", "~", "^") or fact.source is None or fact.operand is None:
+                continue
+            if fact.what != "summed" or fact.source.op_type not in PICKING:
                 for name in self._groups_of(fact.axis):
                     at = self._position(fact.source, fact.operand, fact.axis, groups[name])
                     self._by_group[name].append(Site(fact.source, fact.operand, at, fact.what))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import LazyLoader
@@ -24,6 +25,9 @@ class _Deferred:
         return spec
 
 
-def defer_seldom_used_imports() -> None:
-    """Postpone imports that a run of the command line hardly ever needs; for the process's entry point only."""
+def prepare_process() -> None:
+    """Postpone imports that are seldom needed, collect garbage seldom; for the process's entry point only."""
     sys.meta_path.insert(0, _Deferred)
+    # Graphs are millions of small objects that live as long as the process: looking through them again and
+    # again for garbage takes as long as building them.
+    gc.set_threshold(200_000, 20, 100)

@@ -52,8 +52,6 @@ class Builder:
         self.count = 0
         self.into = self.graph
 
-    # -- parts ----------------------------------------------------------------------------------------------
-
     def name(self) -> str:
         self.count += 1
         return f"v{self.count}"
@@ -97,8 +95,6 @@ class Builder:
         if self.number(0, 1):
             return self.node("Gather", [shape, self.integers(axis)])
         return self.node("Slice", [shape, self.integers(axis), self.integers(axis + 1)])
-
-    # -- operators: each adds to the pool, or does nothing where its value does not fit ---------------------
 
     def conv(self, x: ir.Value, shape: Shape) -> None:
         if len(shape) != 4 or shape[0] != "N" or min(shape[1:]) < 1 or min(shape[2:]) < 3:  # type: ignore[type-var]
@@ -322,8 +318,6 @@ class Builder:
             self.pool, self.into = pool, self.graph
             bodies.append(body)
         self.keep(self.node("If", [condition], then_branch=bodies[0], else_branch=bodies[1]), shape)
-
-    # -- the whole --------------------------------------------------------------------------------------------
 
     def model(self, steps: int) -> ir.Model:
         for _ in range(steps):

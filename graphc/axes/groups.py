@@ -326,6 +326,7 @@ class _Builder:
         for leaf, built, name in drafts:
             self.out.groups.append(self._group(leaf, built, name, names, outer.get(leaf, ()), by_leaf[leaf]))
         self._fixed(constants)
+        self._in_bodies()
 
     def _generated(self, value: ir.Value) -> bool:
         producer = value.producer()
@@ -564,6 +565,21 @@ class _Builder:
                         continue
                     seen.add(key)
                     self.out.fixed.append(Fixed(value, i, size, fact.reason, fact.node))
+
+    def _in_bodies(self) -> None:
+        """Weights in the bodies of control flow are whole: bodies are not analysed."""
+        for node in self.trace.graph:
+            for body in edit.subgraphs(node):
+                for graph in (body, *body.subgraphs()):
+                    made = (out for inner in graph for out in inner.outputs if inner.op_type == "Constant")
+                    for value in (*graph.initializers.values(), *made):
+                        tensor = edit.tensor(value)
+                        if tensor is None or tensor.dtype in INTEGERS:
+                            continue
+                        reason = f"the weight lies in a body of {node.op_type}, which is not analysed"
+                        for i, size in enumerate(tensor.shape.numpy()):
+                            if size > 1:
+                                self.out.fixed.append(Fixed(value, i, size, reason, node_name(node)))
 
 
 def _weight(value: ir.Value) -> tuple[int, int]:

@@ -129,8 +129,13 @@ class Operands:
             return self._split_to_sequence(node)
         if node not in self.trace.bound:
             return ()
+        if not self._changed(*node.inputs, *node.outputs) and all(map(self._told_the_same, node.inputs)):
+            return range(len(node.inputs))
         handler: Callable[[ir.Node], Sequence[int]] | None = getattr(self, f"_{node.op_type.lower()}", None)
         return () if handler is None else handler(node)
+
+    def _told_the_same(self, value: ir.Value | None) -> bool:
+        return value not in self.now or np.array_equal(self.now[value], self.trace.known[value])
 
     def _changed(self, *values: ir.Value | None) -> bool:
         return any(
@@ -152,7 +157,7 @@ class Operands:
             if isinstance(size, Sym) or size > 0 or (size == 0 and edit.attribute(node, "allowzero", 0)):
                 resolved.append(size)
             elif size == 0:
-                resolved.append(before[i])
+                resolved.append(before[i] if i < len(before) else 0)
             else:
                 resolved.append(None)
         if None in resolved:

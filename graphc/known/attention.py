@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from graphc.edit import attribute
+from graphc.edit import Array, attribute
 from graphc.known.elementwise import added
-from graphc.known.facets import NOTHING, Facets, collapse, elementwise, tidy
+from graphc.known.facets import Facets, collapse, elementwise, tidy
 from graphc.known.knowledge import Knowledge
 from graphc.known.registry import CONTRIB, operand, rule
 
@@ -88,36 +88,35 @@ def _multi_head_attention(node: ir.Node, known: Knowledge) -> Sequence[Facets]:
     return [tidy(np.where(f == 0, 0.0, np.nan) for f in found)]
 
 
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+ACTIVATIONS = {"LSTM": ["Sigmoid", "Tanh", "Tanh"], "GRU": ["Sigmoid", "Tanh"], "RNN": ["Tanh"]}
+
+
 @rule("LSTM", "GRU", "RNN")
 def _recurrent(node: ir.Node, known: Knowledge) -> Sequence[Facets]:
     """A cell whose gates see nothing and that starts at zero stays at zero."""
-    if any(operand(node, i) is not None for i in (5, 6, 7)) or "activations" in node.attributes:
+    given = list(attribute(node, "activations", ()))
+    usual = ACTIVATIONS[node.op_type]
+    if given and given not in (usual, usual * 2, ["Relu"], ["Relu"] * 2):
         return ()
-    gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[node.op_type]
-    zero = None
-    for index in (1, 2, 3):
+    if operand(node, 7) is not None or attribute(node, "layout", 0):
+        return ()
+    gates = GATES[node.op_type]
+    zero: Array | None = None
+    for index, count in ((1, gates), (2, gates), (3, 2 * gates), (5, 1), (6, 1)):
         value = operand(node, index)
         if value is None:
             continue
-        shape = known.shape(value)
-        if shape is None or not isinstance(shape[0], int):
+        where = known.zeros(value)
+        if where is None:
             return ()
-        flat = None
-        for facet in known(value):
-            dead = (facet == 0).all(axis=2) if index != 3 else facet == 0
-            count = gates if index != 3 else 2 * gates
-            if dead.shape[1] > 1:
-                here = np.broadcast_to(
-                    dead.reshape(dead.shape[0], count, -1).all(axis=1), (shape[0], dead.shape[1] // count)
-                )
-                flat = here if flat is None else flat | here
-        if flat is None:
-            return ()
-        zero = flat if zero is None else zero & flat
+        if where.ndim == 3:
+            # The rows of W and R; the states of all samples.
+            where = np.asarray(where.all(axis=2 if index in (1, 2) else 1))
+        if where.shape[1] > 1:
+            where = np.asarray(where.reshape(where.shape[0], count, -1).all(axis=1))
+        zero = where if zero is None else zero & where
     if zero is None:
         return ()
     state = np.where(zero, 0.0, np.nan)
-    return [
-        (state[None, :, None, :],) if not attribute(node, "layout", 0) else NOTHING,
-        (state[:, None, :],) if not attribute(node, "layout", 0) else NOTHING,
-    ]
+    return [(state[None, :, None, :],), (state[:, None, :],), (state[:, None, :],)]

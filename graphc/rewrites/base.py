@@ -72,8 +72,6 @@ class Rewriter:
         self._function_graphs = {graph for f in model.functions.values() for graph in (f.graph, *f.graph.subgraphs())}
         self._derived: dict[tuple[ir.Value, bytes], tuple[ir.Value, ir.TensorProtocol]] = {}
 
-    # -- looking ------------------------------------------------------------------------------------------
-
     def shape(self, value: ir.Value | None) -> ir.Shape | None:
         """The inferred shape of a value, None if nothing is known; inference runs when first asked."""
         facts = self._infer()
@@ -105,8 +103,6 @@ class Rewriter:
         if self._names is None:
             self._names = edit.Names(self.model)
         return self._names.fresh(hint)
-
-    # -- changing -----------------------------------------------------------------------------------------
 
     def constant(self, node: ir.Node, data: Array | ir.TensorProtocol, hint: str) -> ir.Value:
         """A new constant that ``node`` can read: an initializer, or a Constant node in a local function."""
