@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from datetime import UTC, datetime
@@ -119,6 +120,7 @@ def main() -> None:
     results: dict[str, Any] = {
         "schema": 1,
         "machine": process.machine(),
+        "load": round(os.getloadavg()[0], 1),
         "python": sys.version.split()[0],
         "versions": versions,
     }

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -120,6 +121,7 @@ def main() -> None:
     results: dict[str, Any] = {
         "schema": 1,
         "machine": process.machine(),
+        "load": round(os.getloadavg()[0], 1),
         "python": sys.version.split()[0],
         "versions": versions | {"onnxruntime": harness.version(sys.executable, "onnxruntime")},
         "seconds": arguments.seconds,

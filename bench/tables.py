@@ -58,7 +58,7 @@ COMPILE_PAGE = f"""\
 
 Written by `bench/tables.py` from `compile.json`; do not edit. Made by
 `python bench/compile.py --peers PYTHON --rounds {{rounds}} --seconds {{seconds:g}}`.
-{{machine}}; Python {{python}}; {{versions}}.
+{{machine}}, load average {{load}} at the start; Python {{python}}; {{versions}}.
 
 Every tool runs as a whole fresh process; within a model the tools take turns. Times are medians, memory is
 the peak over all runs. `{GRAPHC}` compares its result with its input, as a user's run does; `{UNVERIFIED}`
@@ -120,7 +120,7 @@ def compile_page(results: Row) -> str:
         return table(["model", *(["input"] if with_input else []), *tools], rows)
 
     return COMPILE_PAGE.format(
-        **{key: results[key] for key in ("rounds", "seconds", "machine", "python")},
+        **{key: results[key] for key in ("rounds", "seconds", "machine", "load", "python")},
         versions=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
         judgements=table(("what", "floor", "goal", "measured"), judgements(results)),
         wall=metric(lambda r: f"{r['wall_s']:.2f}"),
@@ -236,7 +236,7 @@ SHRINK_PAGE = """\
 
 Written by `bench/tables.py` from `shrink.json`; do not edit. Made by
 `python bench/shrink.py --peers PYTHON --torch PYTHON --seconds {seconds:g}`.
-{machine}; Python {python}; {versions}.
+{machine}, load average {load} at the start; Python {python}; {versions}.
 
 One shot, no healing: the given ratio of units goes from every channel, neuron and attention-head group that the tool
 finds, smallest L2 norm first. Everything is relative to the input. `exact` is graphc's recipe without pruning: what is
@@ -267,7 +267,7 @@ def shrink_page(results: Row) -> str:
             error = "-" if each["rms"] is None else f"{each['rms']:.2g}"
             rows.append([model["name"], each["ratio"] or "", each["variant"], *shown, error])
     return SHRINK_PAGE.format(
-        **{key: results[key] for key in ("seconds", "machine", "python")},
+        **{key: results[key] for key in ("seconds", "machine", "load", "python")},
         versions=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
         rows=table(["model", "ratio", "tool", "parameters", "FLOPs", "file", "latency", "error"], rows),
         anon=anon,
@@ -292,18 +292,10 @@ def readme_table(results: Row) -> str:
                 f"{before['bytes'] / 1e6:,.1f}",
                 f"{after['bytes'] / 1e6:,.1f}",
                 f"{after['latency']:.2f}",
-                f"{after['wall_s']:.1f} s",
+                f"{after['cpu_s']:.1f} s CPU",
             ]
         )
-    header = [
-        "model",
-        "nodes before",
-        "after",
-        "MB before",
-        "after",
-        "latency, after / before",
-        "graphc took",
-    ]
+    header = ["model", "operators before", "after", "MB before", "after", "latency, after / before", "graphc took"]
     return table(header, rows)
 
 

@@ -13,7 +13,8 @@ from fragments import feeds, run
 
 from graphc.axes import cut
 from graphc.axes.groups import analyse
-from graphc.contract import Capabilities, Context
+from graphc.contract import Capabilities, Context, Pass
+from graphc.passes.fuse import Fuse
 from graphc.passes.shrink import Shrink
 from graphc.passes.simplify import Simplify
 
@@ -31,31 +32,38 @@ MISSED = {
 """What is not found in an export as it comes, before ``simplify``."""
 
 
-def load(name: str, how: str, *, simplified: bool) -> ir.Model:
+BEFORE: dict[str, tuple[Pass, ...]] = {
+    "as exported": (),
+    "simplified": (Simplify(),),
+    "fused": (Simplify(), Fuse()),
+}
+
+
+def load(name: str, how: str, before: str) -> ir.Model:
     model = ir.load(FOLDER / f"{name}-{how}.onnx")
-    if simplified:
-        Simplify().run(model, CONTEXT)
+    for each in BEFORE[before]:
+        each.run(model, CONTEXT)
     return model
 
 
-@pytest.mark.parametrize("simplified", [False, True], ids=["as exported", "simplified"])
+@pytest.mark.parametrize("before", BEFORE)
 @pytest.mark.parametrize(("name", "how"), EXPORTS)
-def test_groups(name: str, how: str, simplified: bool) -> None:
-    found = Counter((g.kind, g.size, g.exact) for g in analyse(load(name, how, simplified=simplified)).groups)
+def test_groups(name: str, how: str, before: str) -> None:
+    found = Counter((g.kind, g.size, g.exact) for g in analyse(load(name, how, before)).groups)
     expected = Counter(map(tuple, TRUTH[name]))
     missed = expected - found
     assert set(missed) <= MISSED.get((name, how), set()), missed
     assert not found - expected
 
 
-@pytest.mark.parametrize("simplified", [False, True], ids=["as exported", "simplified"])
+@pytest.mark.parametrize("before", BEFORE)
 @pytest.mark.parametrize(("name", "how"), EXPORTS)
-def test_law(name: str, how: str, simplified: bool) -> None:
+def test_law(name: str, how: str, before: str) -> None:
     """Every group alone, and all together, written dead and removed."""
     rng = np.random.default_rng(2)
-    count = len(analyse(load(name, how, simplified=simplified)).groups)
+    count = len(analyse(load(name, how, before)).groups)
     for chosen in [*({i} for i in range(count)), set(range(count))]:
-        model = load(name, how, simplified=simplified)
+        model = load(name, how, before)
         groups = analyse(model)
         keep = {}
         for i in chosen:

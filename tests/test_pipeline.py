@@ -22,9 +22,7 @@ DATA = Path(__file__).parent / "data"
 
 
 def _first_weight(model: ir.Model) -> ir.Value:
-    return next(
-        v for v in model.graph.initializers.values() if v.const_value is not None and v.const_value.size > 100
-    )
+    return next(v for v in model.graph.initializers.values() if v.const_value is not None and v.const_value.size > 100)
 
 
 def _scale(model: ir.Model, factor: float) -> PassResult:
@@ -109,9 +107,7 @@ def _registered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GRAPHC_CACHE_DIR", str(tmp_path / "cache"))
 
 
-def _optimize(
-    recipe: str, output: Path | None = None, model: str = "fmnist_resnet.onnx", **more: Any
-) -> graphc.Report:
+def _optimize(recipe: str, output: Path | None = None, model: str = "fmnist_resnet.onnx", **more: Any) -> graphc.Report:
     more = {"measure": False, "cache": False, **more}
     return graphc.optimize(DATA / model, output, recipe=recipe, **more)
 
@@ -202,9 +198,7 @@ def test_a_size_limit_that_does_not_hold_fails_and_writes_nothing(tmp_path: Path
 def test_a_run_can_stop_and_go_on(tmp_path: Path) -> None:
     whole = _optimize("rename,blur{amount=0.001},rename", tmp_path / "whole.onnx")
     _optimize("rename,blur{amount=0.001},rename", tmp_path / "part.onnx", stop_after="blur")
-    report = graphc.optimize(
-        tmp_path / "part.onnx", tmp_path / "done.onnx", resume=True, measure=False, cache=False
-    )
+    report = graphc.optimize(tmp_path / "part.onnx", tmp_path / "done.onnx", resume=True, measure=False, cache=False)
     assert (tmp_path / "done.onnx").read_bytes() == (tmp_path / "whole.onnx").read_bytes()
     assert [p.options for p in report.passes] == [p.options for p in whole.passes]
     assert report.approximation == whole.approximation
@@ -229,9 +223,7 @@ def test_finished_work_is_taken_from_the_cache(tmp_path: Path, monkeypatch: pyte
     assert first.rewrite == second.rewrite
 
 
-@pytest.mark.parametrize(
-    "changed", [{"seed": 1}, {"recipe": "rename,rename"}, {"model": "fmnist_vit_tiny.onnx"}]
-)
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"recipe": "rename,rename"}, {"model": "fmnist_vit_tiny.onnx"}])
 def test_the_cache_knows_what_matters(monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]) -> None:
     _optimize("rename", cache=True)
     ran = []
@@ -272,10 +264,8 @@ def test_the_report_is_written_as_json_and_html(tmp_path: Path) -> None:
         run(DATA / "fmnist_resnet.onnx", tmp_path / "o.onnx", settings, report_file=tmp_path / name)
     document = json.loads((tmp_path / "r.json").read_text())
     assert document["schema"] == "graphc-report/1"
-    assert set(document) == {
-        "schema", "input", "output", "target", "recipe", "passes", "rewrite", "approximation", "measurements", "warnings",
-    }  # fmt: skip
-    assert set(document["passes"][0]) == {
-        "name", "options", "effect", "changes", "refusals", "error", "rolled_back", "seconds",
-    }  # fmt: skip
+    keys = "schema input output target recipe passes rewrite approximation measurements warnings"
+    assert set(document) == set(keys.split())
+    keys = "name options effect changes refusals error rolled_back seconds"
+    assert set(document["passes"][0]) == set(keys.split())
     assert "<svg" in (tmp_path / "r.html").read_text()

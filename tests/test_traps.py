@@ -124,9 +124,7 @@ def test_a_declared_intermediate_shape_is_no_proof(tmp_path: Path, capsys: pytes
     assert report["rewrite"]["checked"] and _operators(out) == ["Relu"]
 
 
-def test_batchnorm_behind_an_activation_stays_with_a_reason(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_batchnorm_behind_an_activation_stays_with_a_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = """<ir_version: 8, opset_import: ["" : 17]>
     agraph (float[N, 3, 8, 8] x) => (float[N, 4, 6, 6] y) {
         a = Conv (x, w) b = Relu (a) y = BatchNormalization (b, s, t, m, v) }"""
@@ -159,9 +157,7 @@ def test_a_cache_graph_keeps_its_interface(tmp_path: Path, capsys: pytest.Captur
         key = Concat <axis = 2> (past_key, k2) value = Concat <axis = 2> (past_value, v2)
         kt = Transpose <perm = [0, 1, 3, 2]> (key) s = MatMul (q, kt) p = Softmax <axis = -1> (s)
         o = MatMul (p, value) o1 = Transpose <perm = [0, 2, 1, 3]> (o) o2 = Reshape (o1, merge) y = MatMul (o2, wo) }"""
-    report, out = _optimize(
-        _model(text, weights={n: (16, 16) for n in ("wq", "wk", "wv", "wo")}), tmp_path, capsys
-    )
+    report, out = _optimize(_model(text, weights=dict.fromkeys(("wq", "wk", "wv", "wo"), (16, 16))), tmp_path, capsys)
     assert report["rewrite"]["checked"]
     assert [v.name for v in out.graph.input] == ["x", "past_key", "past_value"]
     assert [v.name for v in out.graph.output] == ["y", "key", "value"]

@@ -14,6 +14,9 @@ from graphc.rewrites.weights import check_rounded, check_scaled, reading, rounde
 
 OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
+_PIECE = 1 << 20
+"""Elements of a weight that are summed at a time."""
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -75,9 +78,8 @@ class Linear:
             case "Conv":
                 return scale.reshape(-1, 1, *tail)
             case "ConvTranspose":  # weight (groups * in, out, ...): rows of a group scale its own outputs
-                return np.repeat(scale.reshape(self._groups, -1), self._rows, axis=0).reshape(
-                    self.channels_in, -1, *tail
-                )
+                rows = self.channels_in // self._groups
+                return np.repeat(scale.reshape(self._groups, -1), rows, axis=0).reshape(self.channels_in, -1, *tail)
             case _:
                 return scale.reshape(-1, 1) if self._transposed else scale.reshape(1, -1)
 
@@ -88,27 +90,31 @@ class Linear:
         tail = (1,) * (len(self.held.shape) - 2)
         match self.node.op_type:
             case "Conv":  # weight (groups * out, in, ...): filters of a group read its own inputs
-                return np.repeat(scale.reshape(self._groups, -1), self.channels // self._groups, axis=0).reshape(
-                    self.channels, -1, *tail
-                )
+                rows = self.channels // self._groups
+                return np.repeat(scale.reshape(self._groups, -1), rows, axis=0).reshape(self.channels, -1, *tail)
             case "ConvTranspose":
                 return scale.reshape(-1, 1, *tail)
             case _:
                 return scale.reshape(1, -1) if self._transposed else scale.reshape(-1, 1)
 
-    @property
-    def _rows(self) -> int:
-        return self.channels_in // self._groups
-
     def shift_out(self, shift: Array) -> Array:
         """What a ``shift`` of the input adds to the outputs, shape (channels,), where there is no padding."""
-        rows = np.broadcast_to(self.factor_in(shift), (*dims(self.held)[:2], *(1,) * (len(self.held.shape) - 2)))
+        first, second = dims(self.held)[:2]
+        tail = (1,) * (len(self.held.shape) - 2)
+        shifts = np.broadcast_to(self.factor_in(shift), (first, second, *tail)).reshape(first, second)
+        by_row = self.is_conv or self._transposed
+        total = np.zeros(first if by_row else second)
         with reading(self.held) as array:
-            axes = tuple(range(2, array.ndim))
-            summed = array.sum(axis=axes, dtype=np.float64) if axes else array.astype(np.float64)
-            del array
-        summed = summed * rows.reshape(summed.shape) * edit.attribute(self.node, "alpha", 1.0)
-        return np.asarray(summed.sum(axis=1 if self.is_conv or self._transposed else 0))
+            step = max(1, _PIECE * first // array.size)
+            for i in range(0, first, step):
+                piece = array[i : i + step].reshape(-1, second, array.size // (first * second))
+                products = piece.sum(axis=2, dtype=np.float64) * shifts[i : i + step]
+                if by_row:
+                    total[i : i + step] = products.sum(axis=1)
+                else:
+                    total += products.sum(axis=0)
+            del array, piece
+        return np.asarray(total * edit.attribute(self.node, "alpha", 1.0))
 
     def unpadded(self) -> bool:
         """Whether every output sees only true inputs."""
@@ -131,9 +137,7 @@ class Linear:
         held = edit.tensor(self.bias)
         if held is None:
             raise Refused("the bias is not constant")
-        if not self.is_conv and held.size not in (1, self.channels):
-            raise Refused("the bias differs between rows")
-        if not self.is_conv and held.size == self.channels != 1 and held.shape[-1] != self.channels:
+        if not self.is_conv and held.size != 1 and dims(held) not in ((self.channels,), (1, self.channels)):
             raise Refused("the bias differs between rows")
 
     def new_bias(self, scale: Array, shift: Array) -> Array:
@@ -159,7 +163,7 @@ class Linear:
         """Multiply the weight by ``factor`` and set the bias; ``check`` comes first."""
         if not _is_one(factor):
             held = self.held
-            key = factor.shape.__repr__().encode() + factor.tobytes()
+            key = repr(factor.shape).encode() + factor.tobytes()
             new = rewriter.derived(self.node, self.weight, key, lambda name: scaled(held, factor, name))
             self._set(rewriter, 1, new)
         if bias is None:
@@ -200,8 +204,8 @@ def linear(node: ir.Node) -> Linear:
         raise Refused(f"the weight is {held.dtype.name.lower()}")
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     shape = dims(held)
-    if len(shape) < 2:
-        raise Refused("the weight is a vector")
+    if len(shape) < 2 or 0 in shape:
+        raise Refused("the weight is a vector or empty")
     match node.op_type:
         case "Conv":
             groups = int(edit.attribute(node, "group", 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -64,14 +64,10 @@ def _verdict(report: Mapping[str, Any]) -> str:
 def _bars(report: Mapping[str, Any]) -> str:
     """Before and after as pairs of bars, each pair on its own scale."""
     before, after = report["input"], report["output"]
-    rows = [
-        (label, before[key], after[key], show)
-        for label, key, show in (
-            ("size", "bytes", size),
-            ("parameters", "parameters", count),
-            ("nodes", "nodes", str),
-        )
-        if key in after
+    rows: list[tuple[str, float, float, Callable[[float], str]]] = [
+        ("size", before["bytes"], after["bytes"], size),
+        ("parameters", before["parameters"], after["parameters"], count),
+        ("nodes", before["nodes"], after["nodes"], count),
     ]
     latency = report["measurements"].get("latency")
     if latency:

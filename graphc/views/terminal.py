@@ -210,7 +210,8 @@ def show_catalogue(found: Document) -> None:
         table = _table("option", "what it does", title="\noptions")
         for row in found["options"]:
             takes = row["type"].replace("|", " | ")
-            table.add_row(escape(row["name"]), f"{escape(row['help'])} [dim]({escape(row['default'])})[/]\n{escape(takes)}")
+            help = f"{escape(row['help'])} [dim]({escape(row['default'])})[/]"
+            table.add_row(escape(row["name"]), f"{help}\n{escape(takes)}")
         console.print(table)
 
 
