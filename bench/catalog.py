@@ -18,11 +18,14 @@ class Values:
         shape: Its shape.
         below: For integers, all values are drawn below it; ``None`` means standard normal float32.
         fixed: If given, every element has this integer value.
+        text: Whether it is a white page with dark strokes in lines, ``(n, 3, height, width)`` in [-1, 1]: an OCR
+            model answers noise with nothing.
     """
 
     shape: tuple[int, ...]
     below: int | None = None
     fixed: int | None = None
+    text: bool = False
 
 
 Inputs = Mapping[str, Values]
@@ -47,9 +50,32 @@ class Entry:
                 return np.full(values.shape, values.fixed, np.int64)
             if values.below is not None:
                 return random.integers(0, values.below, values.shape)
+            if values.text:
+                return _page(random, values.shape)
             return random.standard_normal(values.shape, dtype=np.float32)
 
         return [{name: fill(values) for name, values in case.items()} for case in self.cases]
+
+
+def _page(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """Lines of random glyphs, 8 by 12 pixels each, of horizontal and vertical strokes."""
+    import numpy as np
+
+    page = np.ones(shape, np.float32)
+    count, _, height, width = shape
+    for image, top, left, _ in np.ndindex(count, height // 24, width // 10, 3):
+        y, x = 24 * top + 6, 10 * left + 1
+        if random.random() < 0.5:
+            y += int(random.integers(0, 12))
+            page[image, :, y : y + 2, x : x + 7] = -1
+        else:
+            x += int(random.integers(0, 6))
+            page[image, :, y : y + 12, x : x + 2] = -1
+    return page
+
+
+def _pages(*shapes: tuple[int, ...]) -> tuple[Inputs, ...]:
+    return tuple({"x": Values(shape, text=True)} for shape in shapes)
 
 
 def _images(name: str, *shapes: tuple[int, ...]) -> tuple[Inputs, ...]:
@@ -81,9 +107,9 @@ _TRANSFORMERS = "transformers 5.23, random weights"
 _PHOTO = (1, 3, 224, 224)
 
 CATALOG: tuple[Entry, ...] = (
-    Entry("ppocr-cls", _RAPIDOCR, _images("x", (1, 3, 48, 192), (3, 3, 48, 192))),
-    Entry("ppocr-det", _RAPIDOCR, _images("x", (1, 3, 320, 320), (2, 3, 224, 320))),
-    Entry("ppocr-rec", _RAPIDOCR, _images("x", (1, 3, 48, 320), (2, 3, 48, 160))),
+    Entry("ppocr-cls", _RAPIDOCR, _pages((1, 3, 48, 192), (3, 3, 48, 192))),
+    Entry("ppocr-det", _RAPIDOCR, _pages((1, 3, 320, 320), (2, 3, 224, 320))),
+    Entry("ppocr-rec", _RAPIDOCR, _pages((1, 3, 48, 320), (2, 3, 48, 160))),
     Entry("silero-vad", _SILERO, _speech(rates=True)),
     Entry(
         "silero-vad-16k-op15",

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 
 class Llama:
-    """Builds the graph node by node, in the spelling of TorchScript: shape arithmetic, arithmetic norms, GQA by Expand."""
+    """Builds the graph node by node, as TorchScript spells it: shape arithmetic, arithmetic norms, GQA by Expand."""
 
     def __init__(self, *, layers: int, width: int, hidden: int, heads: int, kv_heads: int, vocabulary: int) -> None:
         self.width, self.hidden, self.heads, self.kv_heads = width, hidden, heads, kv_heads

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from graphc.axes.groups import analyse as groups
+    from graphc.axes import coupled_groups as groups
     from graphc.frontends import load as load
     from graphc.pipeline import optimize as optimize
     from graphc.pipeline import verify as verify
@@ -25,7 +25,7 @@ __all__ = ["Recipe", "Report", "__version__", "groups", "load", "optimize", "ver
 _HOMES = {
     "Recipe": ("graphc.recipe", "Recipe"),
     "Report": ("graphc.report", "Report"),
-    "groups": ("graphc.axes.groups", "analyse"),
+    "groups": ("graphc.axes", "coupled_groups"),
     "load": ("graphc.frontends", "load"),
     "optimize": ("graphc.pipeline", "optimize"),
     "verify": ("graphc.pipeline", "verify"),

@@ -5,8 +5,8 @@ shapes, dtypes and the places of NaN and infinity must be equal. Floats may diff
 reference's own rounding noise, which :mod:`graphc.noise` measures: errors of the size that one rounding (or one
 accumulation of K products) makes are inserted behind every operator, and the spread of the outputs is the noise.
 It knows dtype, accumulation length, depth and conditioning, so that the tolerance is tight for every model.
-:mod:`graphc.closeness` compares with it. Where the inserted errors flip a discrete decision of the reference (an arg
-max, a routing), an element cannot be compared and is left out.
+:mod:`graphc.closeness` compares with it, and :mod:`graphc.taps` looks behind outputs that saturate. Where the inserted
+errors flip a discrete decision of the reference (an arg max, a routing), an element cannot be compared and is left out.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from graphc.closeness import (
     Closeness,
     NoiseMeter,
     OutputError,
+    depends,
     distance,
     guessed_noise,
     is_float,
@@ -37,7 +38,9 @@ from graphc.closeness import (
 from graphc.contract import Arrays, Runnable, no_progress
 from graphc.errors import BadInput
 from graphc.inputs import Case
+from graphc.interface import difference
 from graphc.noise import GAIN, noisy, steps
+from graphc.taps import Tapped, tapped
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -141,6 +144,7 @@ class Checker:
         self._why = ""
         self._random: dict[str, str] = {}
         self._limits: list[str] = []
+        self._taps: frozenset[str] = frozenset()
 
     def cases(self) -> list[Case]:
         """The inputs on which candidates are compared; empty if nothing can be checked."""
@@ -165,22 +169,26 @@ class Checker:
             ``checked=False``.
         """
         expected = self._prepare()
+        runnable: Runnable
         try:
-            if not isinstance(candidate, Runnable) and self._model is not None:
+            if isinstance(candidate, Runnable):
+                runnable = candidate
+            else:
                 model = models.load(candidate) if isinstance(candidate, Path) else candidate
-                if difference := interface_difference(self._model, model):
-                    return Comparison(False, bool(expected), difference)
-            if not expected:
-                return Comparison(True, False, self._why)
-            runnable = candidate if isinstance(candidate, Runnable) else self._session(candidate, optimise)
+                if self._model is not None and (changed := difference(self._model, model)):
+                    return Comparison(False, bool(expected), changed)
+                if expected:
+                    runnable = self._session(model, optimise)
         except BadInput as error:
             return Comparison(False, bool(expected), f"it does not load: {error.why or error.what}")
+        if not expected:
+            return Comparison(True, False, self._why)
         if optimise:
             self._measure_optimiser(expected)
         try:
             return self._compare(expected, runnable, optimise)
         finally:
-            if isinstance(runnable, runtime.Session) and runnable is not candidate:
+            if isinstance(runnable, Tapped):
                 runnable.close()
 
     def _compare(self, expected: Sequence[_Expected], runnable: Runnable, optimise: bool) -> Comparison:
@@ -193,7 +201,11 @@ class Checker:
             except BadInput as error:
                 why = f"it does not run ({case}): {error.why or error.what}"
                 return Comparison(False, True, why, provider=runnable.provider)
+            # A tap is compared where both have it; a candidate may end in another operator.
+            taps = self._taps | (runnable.names if isinstance(runnable, Tapped) else frozenset())
             for name in (each.outputs | outputs).keys() - self._random.keys():
+                if name in taps and not (name in each.outputs and name in outputs):
+                    continue
                 closeness = found.setdefault(name, Closeness(name, self._runs))
                 if name not in outputs:
                     closeness.fail(case, "is missing")
@@ -216,8 +228,12 @@ class Checker:
             provider=runnable.provider,
         )
 
-    def _session(self, model: ir.Model | Path, optimise: bool) -> runtime.Session:
-        return runtime.session(model, optimise=optimise, provider=self._provider, frugal=self._big)
+    def _session(self, model: ir.Model, optimise: bool, *, noise: bool = False) -> Tapped:
+        model, taps = tapped(model)
+        if noise:
+            model = noisy(model, seed=self._seed)
+        session = runtime.session(model, optimise=optimise, provider=self._provider, frugal=self._big)
+        return Tapped(session, taps)
 
     @property
     def _big(self) -> bool:
@@ -242,7 +258,8 @@ class Checker:
 
     def _run_reference(self, model: ir.Model) -> list[_Expected]:
         # One session after the other: each has its own copy of the weights where the runtime repacks them.
-        session = self._session(self._reference, False)
+        session = self._session(model, False)
+        self._taps = session.names
         expected = self._given(session) if self._data else self._made(model, session)
         if not expected:
             return []
@@ -264,7 +281,7 @@ class Checker:
                 each.noise = {name: guessed_noise(array) for name, array in each.outputs.items()}
         return expected
 
-    def _given(self, session: runtime.Session) -> list[_Expected]:
+    def _given(self, session: Runnable) -> list[_Expected]:
         """The reference's outputs for the user's data."""
         expected = []
         samples = self._data[:MAX_SAMPLES]
@@ -273,7 +290,7 @@ class Checker:
             expected.append(_Expected(Case(arrays, f"data[{number}]"), session.run(arrays)))
         return expected
 
-    def _made(self, model: ir.Model, session: runtime.Session) -> list[_Expected]:
+    def _made(self, model: ir.Model, session: Runnable) -> list[_Expected]:
         """The reference's outputs for made inputs, as many as its size and speed allow."""
         found: dict[str, Array] = {}
         complaints: list[str] = []
@@ -301,7 +318,7 @@ class Checker:
         return expected
 
     def _measure_noise(self, model: ir.Model, expected: Sequence[_Expected]) -> None:
-        session = self._session(noisy(model, seed=self._seed), False)
+        session = self._session(model, False, noise=True)
         gain = math.sqrt(GAIN) if steps(model) else GAIN
         for number, each in enumerate(expected):
             self._progress("measuring the rounding noise", number, len(expected))
@@ -317,7 +334,8 @@ class Checker:
         """Note how far the runtime's optimiser moves the reference's outputs, which is not a candidate's fault."""
         if expected[0].optimised:
             return
-        session = self._session(self._reference, True)
+        assert self._model is not None
+        session = self._session(self._model, True)
         for each in expected:
             found = session.run(each.case.arrays)
             for name, array in each.outputs.items():
@@ -328,17 +346,21 @@ class Checker:
     def _notes(self, expected: Sequence[_Expected]) -> tuple[str, ...]:
         notes = [*self._random.values(), *self._limits]
         for name, array in expected[0].outputs.items():
-            if name in self._random:
+            if name in self._random or name in self._taps:
                 continue
-            if not any(_comparable(each.noise[name]) for each in expected if name in each.noise):
+            # What is behind a saturated output tells more than the output.
+            seen = next((tap for tap in sorted(self._taps) if tap.startswith(f"{name} before ")), name)
+            found = [(each.outputs[seen], each.noise[seen]) for each in expected if seen in each.outputs]
+            if not any(_comparable(noise) for _, noise in found):
                 notes.append(f"output '{name}' was not compared: rounding alone decides on all of it")
             if not is_float(array):
                 continue
-            noises = [relative(each.outputs[name], each.noise[name]) for each in expected if name in each.outputs]
-            least = min((n for n in noises if n is not None), default=0.0)
-            if least > _WEAK:
+            if not depends([values for values, _ in found], [noise for _, noise in found]):
+                notes.append(f"output '{name}' is the same for all inputs tried, so that it may hide errors")
+            sizes = [size for values, noise in found if (size := relative(values, noise)) is not None]
+            if min(sizes, default=0.0) > _WEAK:
                 notes.append(
-                    f"output '{name}' is ill-conditioned: rounding alone changes it by {least:.0%} or more, "
+                    f"output '{name}' is ill-conditioned: rounding alone changes it by {min(sizes):.0%} or more, "
                     "so that small errors cannot be seen"
                 )
         return tuple(notes)
@@ -355,52 +377,6 @@ def compare(
 ) -> Comparison:
     """Compare two models once; see :class:`Checker`."""
     return Checker(reference, data=data, seed=seed, provider=provider).compare(candidate, optimise=optimise)
-
-
-def interface_difference(reference: ir.Model, candidate: ir.Model) -> str:
-    """What differs between the inputs and outputs that two models declare; empty if nothing does.
-
-    Names, order, dtypes and shapes must be the same, but an output may declare what was unknown: dimensions without a
-    name, or with one that no input has.
-    """
-    symbols = {d.value for v in reference.graph.inputs for d in v.shape or () if not isinstance(d, int)}
-    for kind in ("input", "output"):
-        ours, theirs = (list(getattr(m.graph, f"{kind}s")) for m in (reference, candidate))
-        if kind == "input":  # a default is an initializer, listed or not
-            ours, theirs = ([v for v in vs if not v.is_initializer()] for vs in (ours, theirs))
-        names, other = [v.name for v in ours], [v.name for v in theirs]
-        if names != other:
-            return f"its {kind}s are {', '.join(map(str, other))} instead of {', '.join(map(str, names))}"
-        for a, b in zip(ours, theirs, strict=True):
-            if a.type is not None and a.type != b.type:
-                return f"{kind} '{a.name}' is {b.type} instead of {a.type}"
-            if not _shape_kept(a.shape, b.shape, symbols if kind == "output" else None):
-                return f"{kind} '{a.name}' has the shape {_shape_text(b.shape)} instead of {_shape_text(a.shape)}"
-    return ""
-
-
-def _shape_kept(ours: ir.Shape | None, theirs: ir.Shape | None, symbols: set[str | None] | None) -> bool:
-    """Whether a declared shape is still what it was.
-
-    With the ``symbols`` of the inputs, any other dimension without a number may have become known.
-    """
-    if ours is None or theirs is None:
-        return ours is theirs or (ours is None and symbols is not None)
-    if len(ours) != len(theirs):
-        return False
-    for a, b in zip(ours, theirs, strict=True):
-        free = not isinstance(a, int) and (a.value is None or (symbols is not None and a.value not in symbols))
-        if not free and a != b:
-            return False
-        if free and symbols is None and isinstance(b, int):
-            return False
-    return True
-
-
-def _shape_text(shape: ir.Shape | None) -> str:
-    if shape is None:
-        return "unknown"
-    return "[" + ", ".join(str(d) if isinstance(d, int) else str(d.value or "?") for d in shape) + "]"
 
 
 def _comparable(noise: Array) -> bool:

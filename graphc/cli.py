@@ -275,10 +275,9 @@ def _run_inspect(a: Any) -> int:
 
 
 def _groups(a: Any) -> Any:
-    from graphc.axes.groups import analyse
-    from graphc.frontends import load
+    from graphc.axes import coupled_groups
 
-    return analyse(load(a.model).model, interface=a.allow_interface)
+    return coupled_groups(a.model, allow_interface=a.allow_interface)
 
 
 def _show_groups(a: Any) -> int:

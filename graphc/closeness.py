@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,6 +164,25 @@ def relative(array: Array, noise: Array) -> float | None:
     """The noise of a float output relative to its size; None if it has none."""
     size = _mean_square(array)
     return math.sqrt(_mean_square(noise) / size) if size else None
+
+
+def depends(arrays: Sequence[Array], noises: Sequence[Array]) -> bool:
+    """Whether a float output of several cases is another in some of them, or in some rows of one, than in the rest.
+
+    An output that is not, because a network is dead or a decision was made early, hides what happened before.
+    True as well if there is nothing to tell from.
+    """
+    if not arrays or any(not array.ndim for array in arrays):
+        return len(arrays) < 2 or len({float(array) for array in arrays}) > 1
+    first, seen = arrays[0][:1], 0
+    for array, noise in zip(arrays, noises, strict=True):
+        if array.shape[1:] != first.shape[1:] or not first.size:
+            return True
+        seen += len(array)
+        moved = distance(array, np.broadcast_to(first, array.shape))
+        if bool((moved > MAX * np.where(np.isfinite(noise), noise, np.inf)).any()):
+            return True
+    return seen < 2
 
 
 class Closeness:

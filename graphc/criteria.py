@@ -56,9 +56,12 @@ def magnitude(order: int) -> Callable[[Groups, Group, Context], Array]:
         total: Array | None = None
         for place in group.places:
             held = edit.tensor(place.value)
-            if place.role == "carries" or held is None or not held.dtype.is_floating_point():
+            array = None if place.role == "carries" or held is None else _numbers(place.value, held)
+            if array is None or held is None:
                 continue
-            part = _norm(groups, group, place, held, order)
+            part = _norm(groups, group, place, array, order)
+            del array
+            edit.release(held)
             if not np.isfinite(part).all():
                 raise BadInput(
                     "a weight holds NaN or infinity; its units cannot be ranked",
@@ -77,27 +80,43 @@ CHUNK = 1 << 22
 """Elements of a weight that are looked at together, so that no copy of a large weight is made."""
 
 
-def _norm(groups: Groups, group: Group, place: Place, held: ir.TensorProtocol, order: int) -> Array:
+def _numbers(value: ir.Value, held: ir.TensorProtocol) -> Array | None:
+    """What a constant stands for: its elements, or what a DequantizeLinear makes of them; None for other integers."""
+    if held.dtype.is_floating_point():
+        return held.numpy()
+    node = next((use.node for use in value.uses() if edit.is_op(use.node, "DequantizeLinear") and use.idx == 0), None)
+    scale = None if node is None else edit.constant(node.inputs[1])
+    if node is None or scale is None:
+        return None
+    array = held.numpy().astype(np.float32)
+    axis, block = edit.attribute(node, "axis", 1), edit.attribute(node, "block_size", 0)
+
+    def spread(given: Array) -> Array:
+        if given.ndim == array.ndim and block:
+            return np.repeat(given, block, axis)
+        return given.reshape([-1 if a == axis % array.ndim else 1 for a in range(array.ndim)]) if given.ndim else given
+
+    zero = edit.constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    if zero is not None:
+        array -= spread(zero.astype(np.float32))
+    return np.asarray(array * spread(scale.astype(np.float32)))
+
+
+def _norm(groups: Groups, group: Group, place: Place, array: Array, order: int) -> Array:
     """Sums of absolute values or squares of one weight, by unit."""
-    array = held.numpy()
-    scores: Array
     if group.blocks:
-        scores = np.asarray(groups.scores(group, place, _powers(array, order)), dtype=np.float64)
-    else:
-        along = np.zeros(array.shape[place.axis])
-        others = tuple(axis for axis in range(array.ndim) if axis != place.axis)
-        step = max(1, CHUNK // max(1, array.size // max(1, array.shape[0])))
-        for start in range(0, array.shape[0], step):
-            part = _powers(array[start : start + step], order).sum(axis=others, dtype=np.float64)
-            if place.axis == 0:
-                along[start : start + step] = part
-            else:
-                along += part
-        used = place.units >= 0
-        scores = np.bincount(place.units[used], weights=along[used], minlength=group.size)
-    del array
-    edit.release(held)
-    return scores
+        return np.asarray(groups.scores(group, place, _powers(array, order)), dtype=np.float64)
+    along = np.zeros(array.shape[place.axis])
+    others = tuple(axis for axis in range(array.ndim) if axis != place.axis)
+    step = max(1, CHUNK // max(1, array.size // max(1, array.shape[0])))
+    for start in range(0, array.shape[0], step):
+        part = _powers(array[start : start + step], order).sum(axis=others, dtype=np.float64)
+        if place.axis == 0:
+            along[start : start + step] = part
+        else:
+            along += part
+    used = place.units >= 0
+    return np.bincount(place.units[used], weights=along[used], minlength=group.size)
 
 
 def _powers(array: Array, order: int) -> Array:

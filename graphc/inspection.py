@@ -37,8 +37,8 @@ def inspect(path: Path) -> dict[str, Any]:
     total: Counter[str] = Counter(_operator(node) for node in edit.nodes(model))
     weights: dict[str, int] = defaultdict(int)
     for node in edit.nodes(model):
-        weights[_operator(node)] += sum(t.nbytes for v in node.inputs if (t := edit.tensor(v)) is not None)
-    tensors = sorted(_tensors(model), key=lambda t: -t[1].nbytes)
+        weights[_operator(node)] += sum(edit.nbytes(t) for v in node.inputs if (t := edit.tensor(v)) is not None)
+    tensors = sorted(_tensors(model), key=lambda t: -edit.nbytes(t[1]))
     summary = {
         "file": str(path),
         "producer": " ".join(filter(None, (model.producer_name, model.producer_version))) or "unknown",
@@ -61,7 +61,7 @@ def inspect(path: Path) -> dict[str, Any]:
             for name, n in total.most_common()
         ],
         "largest": [
-            {"name": name, "type": t.dtype.name.lower(), "shape": str(list(t.shape)), "bytes": t.nbytes}
+            {"name": name, "type": t.dtype.name.lower(), "shape": str(list(t.shape)), "bytes": edit.nbytes(t)}
             for name, t in tensors[:LARGEST]
         ],
         "suspicious": list(_suspicious(model)),

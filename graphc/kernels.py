@@ -124,14 +124,14 @@ def _variadic(node: ir.Node, inputs: Inputs, version: int) -> Sequence[Array]:
 
 
 @_kernel("Mod")
-def _mod(node: ir.Node, inputs: Inputs, version: int) -> Sequence[Array]:
+def _mod(node: ir.Node, inputs: Inputs, version: int) -> Sequence[Array] | None:
     a, b = _need(inputs, 0), _need(inputs, 1)
     if a.dtype.kind != "f" and not np.all(b):
         raise CannotFold("the remainder of a division by zero is not defined")
     if attribute(node, "fmod", 0):
         return [np.fmod(a, b)]
     if a.dtype.kind == "f":
-        raise CannotFold("Mod of floats needs fmod")
+        return None
     return [np.mod(a, b)]
 
 

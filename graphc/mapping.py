@@ -38,7 +38,7 @@ def constants(model: ir.Model) -> Iterator[tuple[ir.Value | ir.Node, ir.TensorPr
 
 def constants_nbytes(model: ir.Model) -> int:
     """Bytes of all stored tensors of the model, subgraphs and functions included."""
-    return sum(tensor.nbytes for _, tensor in constants(model))
+    return sum(edit.nbytes(tensor) for _, tensor in constants(model))
 
 
 def serialised(model: ir.Model) -> bytes:
@@ -87,9 +87,9 @@ def mapped(model: ir.Model, settings: Any, *, lend: bool) -> tuple[bytes, list[A
     names = Counter(name for graph in edit.graphs(model) for name in graph.initializers)
     with streamed.open("wb") as file:
         for holder, tensor in constants(model):
-            if not isinstance(holder, ir.Value) or tensor.nbytes <= INLINE:
+            if tensor.dtype == ir.DataType.STRING or not isinstance(holder, ir.Value) or not holder.name:
                 continue
-            if tensor.dtype == ir.DataType.STRING or not holder.name:
+            if tensor.nbytes <= INLINE:
                 continue
             if lend and _lendable(tensor) and names[holder.name] == 1:
                 array = tensor.numpy()
@@ -140,7 +140,7 @@ def _hoist_constant_nodes(model: ir.Model) -> None:
     for graph in (model.graph, *model.graph.subgraphs()):
         for node in list(graph):
             tensor, output = _held(node), node.outputs[0]
-            if tensor is None or tensor.nbytes <= INLINE or output.is_graph_output() or not output.name:
+            if tensor is None or edit.nbytes(tensor) <= INLINE or output.is_graph_output() or not output.name:
                 continue
             name = output.name
             output.name = f"{name}.hoisted"

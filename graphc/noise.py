@@ -54,7 +54,14 @@ _FUNCTIONS = frozenset({
 # fmt: on
 _GRIDS = frozenset({"Ceil", "DynamicQuantizeLinear", "Floor", "QuantizeLinear", "Round"})
 # Runtimes approximate these with an error relative to their range, which is about 1, not to the result.
-_BOUNDED = frozenset(["Cos", "Erf", "HardSigmoid", "Sigmoid", "Sin", "Tanh"])
+_BOUNDED = frozenset({"Cos", "Erf", "HardSigmoid", "Sigmoid", "Sin", "Tanh"})
+# These have such functions inside, next to others.
+# fmt: off
+_HAVE_BOUNDED = frozenset({
+    "BiasGelu", "Celu", "Elu", "FastGelu", "GRU", "Gelu", "HardSwish", "LSTM", "Mish", "QuickGelu", "RNN", "Selu",
+    "Softplus", "Swish",
+})
+# fmt: on
 
 BLOCK = 512
 """Products that a kernel may sum one after the other."""
@@ -81,20 +88,20 @@ def noisy(model: ir.Model, *, gain: float = GAIN, seed: int = 0) -> ir.Model:
     number = seed * 1_000_003
     for graph in edit.graphs(copy):
         opset = graph.opset_imports.get("", copy.opset_imports.get("", 0))
-        places: list[tuple[ir.Value, float]] = []
+        places: list[tuple[ir.Value, float, bool]] = []
         if graph is copy.graph:
             given = [v for v in graph.inputs if v.uses() and not v.is_initializer()]
-            places = [(v, _FUNCTION) for v in given if not role(copy, v).sizes]
+            places = [(v, _FUNCTION, False) for v in given if not role(copy, v).sizes]
         for node in graph:
-            size = _size(node)
-            if size:
-                places += [(v, size) for v in node.outputs if v.name and (v.uses() or v.is_graph_output())]
-        for value, size in places:
+            for size, absolute in _errors(node):
+                places += [(v, size, absolute) for v in node.outputs if v.name and (v.uses() or v.is_graph_output())]
+        for value, size, absolute in places:
             dtype = value.dtype or known.get(value.name) or (default if value.producer() is not None else None)
             if dtype in EPS:
                 number += 1
                 size *= gain * EPS[dtype]
-                _disturb(graph, value, dtype, _random_nodes(value, size, number, opset), size, names)
+                random = _random_nodes(value, size, number, opset)
+                _disturb(graph, value, dtype, random, names, shift=-size if absolute else 1 - size, absolute=absolute)
     return copy
 
 
@@ -131,13 +138,17 @@ def _only_float_dtype(model: ir.Model) -> ir.DataType | None:
     return floats.pop() if len(floats) == 1 else None
 
 
-def _size(node: ir.Node) -> float:
-    """The standard deviation of an operator's relative error, in units of eps; 0 for those that do not round."""
-    if node.op_type in _CONTRACTIONS:
-        return max(1.0, _SUM * math.sqrt(min(contraction_length(node), BLOCK)))
-    if node.op_type in _REDUCTIONS or node.op_type in _FUNCTIONS or node.op_type in _BOUNDED:
-        return _FUNCTION
-    return 0.0
+def _errors(node: ir.Node) -> list[tuple[float, bool]]:
+    """The errors an operator makes: their standard deviation in units of eps, and whether it is absolute."""
+    kind = node.op_type
+    errors = []
+    if kind in _CONTRACTIONS:
+        errors.append((max(1.0, _SUM * math.sqrt(min(contraction_length(node), BLOCK))), False))
+    if kind in _REDUCTIONS or kind in _FUNCTIONS:
+        errors.append((_FUNCTION, False))
+    if kind in _BOUNDED or kind in _HAVE_BOUNDED:
+        errors.append((_FUNCTION, True))
+    return errors
 
 
 def contraction_length(node: ir.Node) -> int:
@@ -190,20 +201,27 @@ def _random_nodes(value: ir.Value, size: float, seed: int, opset: int) -> list[i
 
 
 def _disturb(
-    graph: ir.Graph, value: ir.Value, dtype: ir.DataType, random: list[ir.Node], size: float, names: edit.Names
+    graph: ir.Graph,
+    value: ir.Value,
+    dtype: ir.DataType,
+    random: list[ir.Node],
+    names: edit.Names,
+    *,
+    shift: float,
+    absolute: bool,
 ) -> None:
-    """Multiply a value by ``1 ± size`` for all its readers; a product keeps infinities what they are.
+    """Multiply a value by random numbers for all its readers, or add them; a product keeps infinities what they are.
 
     Args:
         graph: The graph of the value.
         value: A float value.
         dtype: Its dtype.
-        random: Nodes whose last gives numbers of mean and standard deviation ``size``, in single precision.
-        size: See there.
+        random: Nodes whose last gives the numbers, in single precision.
         names: For the new values.
+        shift: Added to the numbers.
+        absolute: Whether the sum is added rather than multiplied with.
     """
     producer = value.producer()
-    absolute = producer is not None and producer.op_type in _BOUNDED
     # Only in double precision are the numbers next to 1 near enough for every other dtype.
     wide = ir.DataType.FLOAT if dtype == ir.DataType.FLOAT else ir.DataType.DOUBLE
     added = list(random)
@@ -212,7 +230,7 @@ def _disturb(
         added.append(ir.node(kind, list(inputs), attributes))
         return added[-1].outputs[0]
 
-    centre = append("Constant", value=ir.tensor((0.0 if absolute else 1.0) - size, dtype=wide))
+    centre = append("Constant", value=ir.tensor(shift, dtype=wide))
     numbers, exact = random[-1].outputs[0], value
     if wide != ir.DataType.FLOAT:
         numbers, exact = append("Cast", numbers, to=int(wide)), append("Cast", value, to=int(wide))

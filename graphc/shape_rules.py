@@ -39,6 +39,7 @@ def infer(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
 def _onnx_inference(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
     """The facts by ONNX's own inference of this one node; None where it has no schema or cannot tell."""
     import onnx
+    import onnx.checker
     import onnx.defs
     import onnx.shape_inference
 
@@ -72,7 +73,13 @@ def _onnx_inference(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | Non
             data,
             opset_imports=[onnx.helper.make_opsetid(domain, v) for domain, v in facts.opsets.items()],
         )
-    except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, ValueError, RuntimeError):
+    except (
+        onnx.checker.ValidationError,
+        onnx.defs.SchemaError,
+        onnx.shape_inference.InferenceError,
+        RuntimeError,
+        ValueError,
+    ):
         return None
     return [_read(outputs.get(value.name or ""), names, facts) for value in node.outputs]
 

@@ -150,6 +150,8 @@ class Facts:
         facts = shape_rules.infer(node, [self(value) for value in node.inputs], self)
         for i, value in enumerate(node.outputs):
             fact = facts[i] if facts is not None and i < len(facts) else UNKNOWN
+            if fact.dtype == ir.DataType.UNDEFINED:
+                fact = UNKNOWN
             if fact.dtype is None and fact.type is None and value.type is not None:
                 fact = _declared_type(value)
             self._known[value] = fact
@@ -187,7 +189,7 @@ class Facts:
 def _declared_type(value: ir.Value) -> Fact:
     """The declared type of the output of an operator that nothing is known about; its shape is not believed."""
     if isinstance(value.type, ir.TensorType):
-        return Fact(value.dtype)
+        return Fact(None if value.dtype == ir.DataType.UNDEFINED else value.dtype)
     return Fact(type=value.type)
 
 

@@ -174,6 +174,8 @@ def _unsqueeze(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
         return [Fact(x.dtype)]
     rank = len(x.shape) + len(given)
     axes = {axis % rank for axis in given}
+    if len(axes) != len(given):
+        return None
     rest = iter(x.shape)
     shape = tuple(1 if i in axes else next(rest) for i in range(rank))
     return [Fact(x.dtype, shape, _kept(x, shape))]

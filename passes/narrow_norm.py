@@ -26,11 +26,11 @@ class NarrowNorm(Pass):
 
     effect: ClassVar[Effect] = Effect.LOSSY
 
-    interface: bool = option(False, "Whether graph inputs and outputs may get narrower.")
+    allow_interface: bool = option(False, "Whether graph inputs and outputs may get narrower.")
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         result = PassResult()
-        groups = analyse(model, interface=self.interface)
+        groups = analyse(model, interface=self.allow_interface)
         dead = deadness.find(Sites(groups), Knowledge(model, groups.trace))
         keep = {}
         for name, found in dead.items():

@@ -57,6 +57,7 @@ class Prune(Pass):
         None, "A safetensors file of booleans, true = keep, by group name or weight:axis; instead of a ratio."
     )
     min_keep: int = option(1, "Units that every group keeps at least.")
+    allow_interface: bool = option(False, "Whether graph inputs and outputs (KV caches, embeddings) may get narrower.")
     multiple_of: int | Literal["auto"] = option(
         1, "Groups keep a multiple of this many units; 'auto' is what the target's kernels like."
     )
@@ -86,7 +87,7 @@ class Prune(Pass):
     def needs(self, model: ir.Model) -> Needs:
         if self.mask is not None or self.criterion == "scores":
             return Needs()
-        return criterion(self.criterion).needs(model, analyse(model))
+        return criterion(self.criterion).needs(model, analyse(model, interface=self.allow_interface))
 
     def levels(self, model: ir.Model) -> Sequence[Pass]:
         if self.mask is not None:
@@ -95,7 +96,7 @@ class Prune(Pass):
         return (self, *milder)
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
-        groups = analyse(model)
+        groups = analyse(model, interface=self.allow_interface)
         result = PassResult()
         if self.mask is not None:
             keep = masks.keep(masks.read(self.mask), groups, where=str(self.mask))

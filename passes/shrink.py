@@ -29,20 +29,20 @@ class Shrink(Pass):
 
     effect: ClassVar[Effect] = Effect.EXACT
 
-    interface: bool = option(False, "Whether graph inputs and outputs (KV caches, embeddings) may get narrower.")
+    allow_interface: bool = option(False, "Whether graph inputs and outputs (KV caches, embeddings) may get narrower.")
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         result = PassResult()
         constants = ConstantFacets()
         for done in range(ROUNDS):
             ctx.progress("remove dead units", done, ROUNDS)
-            groups = analyse(model, interface=self.interface)
+            groups = analyse(model, interface=self.allow_interface)
             known = Knowledge(model, groups.trace, constants)
             if branches.remove(model, known, result):
                 continue
             sites = Sites(groups)
             dead = deadness.find(sites, known)
-            if not _fold(model, sites, dead, known, result) and not _cut(model, groups, dead, result, self.interface):
+            if not _fold(model, sites, dead, known, result) and not _cut(model, groups, dead, result, self.allow_interface):
                 _refuse(groups, dead, result)
                 break
         return result

@@ -327,6 +327,52 @@ class TestUncheckable:
         assert "ill-conditioned" in found.notes[0]
 
 
+class TestSaturation:
+    """Errors that the last operator hides show in what it reads."""
+
+    HEAD = "g (float[N,16] x, float[16,8] w) => (float[N,8] y)"
+
+    @pytest.mark.parametrize("end", ["Softmax", "Softmax<axis=0>", "LogSoftmax", "Sigmoid", "Tanh"], ids=lambda e: e)
+    def test_behind_a_saturated_output(self, end: str) -> None:
+        text = f"{self.HEAD} {{ m = MatMul(x, w) y = {end}(m) }}"
+        w = normal(16, 8, scale=1e4)
+        checker = Checker(build(text, w=w))
+        assert checker.compare(build(text, w=w)).ok
+        wrong = w.copy()
+        wrong[:, 3] *= np.float32(1.001)
+        assert not checker.compare(build(text, w=wrong)).ok
+
+    def test_a_softmax_may_lose_a_constant(self) -> None:
+        shifted = f"{self.HEAD} {{ k = Constant<value_float=7.0>() m = MatMul(x, w) s = Add(m, k) y = Softmax(s) }}"
+        plain = f"{self.HEAD} {{ m = MatMul(x, w) y = Softmax(m) }}"
+        w = normal(16, 8)
+        found = compare(build(shifted, w=w), build(plain, w=w))
+        assert found.ok, found.why
+        assert [o.name for o in found.outputs] == ["y", "y before Softmax"]
+
+    def test_a_candidate_may_end_otherwise(self) -> None:
+        whole = f"{self.HEAD} {{ m = MatMul(x, w) y = Sigmoid(m) }}"
+        parts = f"""{self.HEAD} {{
+            m = MatMul(x, w) n = Neg(m) e = Exp(n) k = Constant<value_float=1.0>() d = Add(e, k) y = Reciprocal(d) }}"""
+        w = normal(16, 8, scale=0.1)
+        for a, b in ((whole, parts), (parts, whole)):
+            found = compare(build(a, w=w), build(b, w=w))
+            assert found.ok, found.why
+            assert [o.name for o in found.outputs] == ["y"]
+
+    def test_an_old_softmax_runs_over_all_axes(self) -> None:
+        model = ir.from_onnx_text("""<ir_version: 6, opset_import: ["" : 11]>
+            g (float[N,4,5] x) => (float[N,4,5] y) { r = Relu(x) y = Softmax(r) }""")
+        assert compare(model, model).ok
+
+    def test_an_output_that_never_changes_is_noted(self) -> None:
+        text = f"{self.HEAD} {{ m = MatMul(x, w) k = Constant<value_float=%s>() y = %s }}"
+        dead = build(text % ("-1e9", "Min(m, k)"), w=normal(16, 8))
+        assert "same for all inputs" in compare(dead, dead).notes[0]
+        alive = build(text % ("0.0", "Max(m, k)"), w=normal(16, 8))
+        assert not compare(alive, alive).notes
+
+
 class TestInterface:
     BASE = "g (float[N,4] x, float[N,4] z) => (float[N,4] y) { y = Add(x, z) }"
 

@@ -17,9 +17,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from graphc import edit, fold, runtime, upgrade
+from graphc import edit, fold, runtime
 from graphc.contract import Capabilities, Context
 from graphc.errors import GraphcError
+from graphc.opset.adapters import Unconvertible
+from graphc.opset.upgrade import upgrade
 from graphc.passes.fuse import Fuse
 from graphc.passes.simplify import Simplify
 
@@ -71,7 +73,12 @@ def bound(model: ir.Model, feeds: Arrays) -> ir.Model:
     """The model with its inputs as constants."""
     model = model.clone()
     for value in list(model.graph.inputs):
-        value.const_value = ir.tensor(feeds[value.name or ""], dtype=value.dtype, name=value.name)
+        array = feeds[value.name or ""]
+        if value.dtype == ir.DataType.STRING:
+            texts = [str(text).encode() for text in array.reshape(-1)]
+            value.const_value = ir.StringTensor(texts, shape=ir.Shape(array.shape), name=value.name)
+        else:
+            value.const_value = ir.tensor(array, dtype=value.dtype, name=value.name)
         model.graph.register_initializer(value)
     model.graph.inputs.clear()
     return model
@@ -80,8 +87,8 @@ def bound(model: ir.Model, feeds: Arrays) -> ir.Model:
 def optimised(model: ir.Model) -> ir.Model:
     model = model.clone()
     if 13 <= model.graph.opset_imports.get("", OPSET) < OPSET:
-        with contextlib.suppress(upgrade.Unconvertible):
-            upgrade.upgrade(model, OPSET)
+        with contextlib.suppress(Unconvertible):
+            upgrade(model, OPSET)
     for each in (Simplify(), Fuse(), Simplify()):
         each.run(model, CONTEXT)
     return model

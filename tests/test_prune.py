@@ -79,6 +79,19 @@ def test_l1_and_l2_rank_differently() -> None:
         assert np.flatnonzero((after["w1"] == 0).all(0)).tolist() == [gone]
 
 
+def test_quantized_weights_are_ranked_by_what_they_stand_for() -> None:
+    """All integers are far from zero; the zero point and the scale say which neuron is small."""
+    model = load("qdq_unsigned")
+    w1 = np.full((8, 6), 138, np.uint8)
+    w1[:, 4] = 130
+    for name, array in (("w1", w1), ("s1", np.full(6, 0.02, np.float32)), ("b1", np.zeros(6, np.float32))):
+        model.graph.initializers[name].const_value = ir.tensor(array, name=name)
+    model.graph.initializers["w2"].const_value = ir.tensor(np.full((6, 5), 150, np.uint8), name="w2")
+    pruned(model, ratio=1 / 6)
+    Shrink().run(model, CONTEXT)
+    np.testing.assert_array_equal(arrays(model)["w1"], np.full((8, 5), 138))
+
+
 def test_random_depends_on_the_seed_alone() -> None:
     def gone(seed: int) -> list[int]:
         model = load("mlp")
@@ -191,9 +204,7 @@ def test_levels_get_milder() -> None:
 def test_recipe_text_round_trip() -> None:
     text = 'prune{ratio=0.3 of=params include=["*.up_proj","*.gate_proj"] multiple-of=auto},shrink'
     recipe = Recipe.parse(text)
-    assert recipe.passes[0] == Prune(
-        ratio=0.3, of="params", include=("*.up_proj", "*.gate_proj"), multiple_of="auto"
-    )
+    assert recipe.passes[0] == Prune(ratio=0.3, of="params", include=("*.up_proj", "*.gate_proj"), multiple_of="auto")
     assert Recipe.parse(recipe.text()) == recipe
 
 

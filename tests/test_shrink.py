@@ -247,7 +247,7 @@ def test_the_interface_is_kept_unless_allowed() -> None:
     proto = ir.to_proto(model)
     assert shapes(shrunk(proto)[0])["wq"] == (8, 12)
     model = ir.from_proto(proto)
-    Shrink(interface=True).run(model, CONTEXT)
+    Shrink(allow_interface=True).run(model, CONTEXT)
     assert shapes(ir.to_proto(model))["wo"] == (10, 5)
 
 

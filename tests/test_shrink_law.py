@@ -13,6 +13,8 @@ from fragments import ALL, Fragment, feeds, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fragments.core import DEAD
+
 from graphc.axes import cut
 from graphc.axes.groups import Group, analyse
 from graphc.contract import Capabilities, Context, PassResult
@@ -29,7 +31,7 @@ UNREACHED = {
 
 def shrink(model: onnx.ModelProto, *, interface: bool = False) -> tuple[onnx.ModelProto, PassResult]:
     small = ir.from_proto(model)
-    result = Shrink(interface=interface).run(small, CONTEXT)
+    result = Shrink(allow_interface=interface).run(small, CONTEXT)
     return ir.to_proto(small), result
 
 
@@ -104,7 +106,7 @@ def zeros_anywhere(fragment: Fragment, draw: st.DataObject) -> onnx.ModelProto:
         if tensor.fill == "router" and len(gone) > size - 2:
             continue
         arrays[name] = array.copy()
-        arrays[name][(slice(None),) * axis + (gone,)] = -np.inf if tensor.fill == "router" else 0
+        arrays[name][(slice(None),) * axis + (gone,)] = DEAD.get(tensor.fill, 0)
     return fragment.build(None, arrays)
 
 

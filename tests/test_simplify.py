@@ -716,3 +716,21 @@ def test_states_of_a_loop_that_do_not_change() -> None:
     assert sorted(operators(after)) == ["Add", "Identity", "Loop", "Neg"]
     loop = next(node for node in after.graph if node.op_type == "Loop")
     assert len(loop.inputs) == 3
+
+
+def test_nodes_that_do_not_fit_their_inputs_are_left_to_the_runtime() -> None:
+    model = read(
+        """g (float[N,4] x) => (float[A,B] y) <int64[1] axis = {7}, int64[2] wrong = {5, -1}> {
+        a = Transpose<perm=[3,1]>(x)  b = Squeeze(a, axis)  c = Gather<axis=9>(b, axis)  d = Unsqueeze(c, wrong)
+        e = Reshape(d, wrong)  y = Concat<axis=5>(e, e) }"""
+    )
+    before = operators(model)
+    Simplify().run(model, CONTEXT)
+    assert operators(model) == before
+
+
+def test_a_cast_to_text_shows_what_was_cast() -> None:
+    model = read("g (int32[N] x) => (string[N] y) { a = Cast<to=1>(x)  y = Cast<to=8>(a) }")
+    after = model.clone()
+    Simplify().run(after, CONTEXT)
+    assert operators(after) == ["Cast", "Cast"]

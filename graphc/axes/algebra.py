@@ -76,14 +76,20 @@ def terms(axis: Axis) -> list[Axis]:
     return [t for part in axis.parts for t in terms(part)]
 
 
-def leaves(axis: Axis) -> Iterator[Axis]:
+def leaves(axis: Axis) -> list[Axis]:
     """All leaves of a tree in order; one that occurs twice comes twice."""
     axis = find(axis)
     if axis.kind is Kind.LEAF:
-        yield axis
-    else:
-        for part in axis.parts:
-            yield from leaves(part)
+        return [axis]
+    found: list[Axis] = []
+    todo = list(axis.parts[::-1])
+    while todo:
+        node = find(todo.pop())
+        if node.kind is Kind.LEAF:
+            found.append(node)
+        else:
+            todo.extend(node.parts[::-1])
+    return found
 
 
 def prod(parts: Sequence[Axis]) -> Axis:
@@ -98,7 +104,7 @@ def prod(parts: Sequence[Axis]) -> Axis:
 
 def concat(parts: Sequence[Axis]) -> Axis:
     """The sum of parts in order; empty parts are left out."""
-    kept = [p for p in parts if p.size != 0]
+    kept = [term for p in parts if p.size != 0 for term in terms(p)]
     if len(kept) == 1:
         return kept[0]
     total: Size = 0
@@ -195,7 +201,14 @@ class Unifier:
     def positions(self, axis: Axis) -> list[Axis] | None:
         """Every index of an axis as a unit of its own, or None if it is a product (whose indices share digits)."""
         units: list[Axis] = []
-        for term in terms(axis):
+        for part in terms(axis):
+            term = find(part)
+            if term.kind is Kind.SUM:  # the same leaf came before, and has positions by now
+                more = self.positions(term)
+                if more is None:
+                    return None
+                units += more
+                continue
             if term.kind is Kind.PROD or not isinstance(term.size, int):
                 return None
             if term.origin is not None:

@@ -33,7 +33,10 @@ SPATIAL = words(
     "Conv ConvTranspose FusedConv NhwcConv NhwcFusedConv ConvInteger QLinearConv DeformConv MaxPool "
     "AveragePool LpPool GlobalAveragePool GlobalMaxPool GridSample"
 )
+SIDES = frozenset({"d"})
+"""Names that stand for independent sides when they are kept whole: the directions of a recurrent layer."""
 WHY = {
+    "side": "{op} has a fixed number of these",
     "": "{op} mixes, moves or looks up indices along this axis",
     "spatial": "{op} mixes neighbouring positions along this kernel or spatial axis",
     "number": "{op} has an axis of fixed size here",
@@ -71,6 +74,8 @@ class Application:
         self._broadcast()
         for axis, operand, why in self.fixed:
             self.trace.fix([axis], self._why(why), self.node, operand)
+            if not why:
+                self.trace.mixed.append(axis)
         for i, out in enumerate(self.node.outputs):
             if i < len(self.rule.outputs):
                 self._output(i, out, self.rule.outputs[i])
@@ -144,7 +149,7 @@ class Application:
             self._bind(term.name, axis, value)
             self.operands.setdefault(term.name, []).append((axis, value))
             if term.fixed:
-                self.fixed.append((axis, value, ""))
+                self.fixed.append((axis, value, "side" if term.name in SIDES else ""))
             if term.mark:
                 self.trace.mark(axis, term.mark, self.node, value)
         elif isinstance(term, Number):

@@ -133,7 +133,7 @@ def zero(model: ir.Model, groups: Groups, keep: Masks) -> PassResult:
     zeroed: dict[tuple[ir.Value, ir.Node | None], list[Axis]] = {}
     for group in chosen:
         if group.neutral != 0.0:
-            _bar(trace, selection, group.leaf)
+            _bar(trace, selection, {group.leaf, *(group.numbers or ())})
         for place in group.places:
             if place.role != "carries":
                 zeroed.setdefault((place.value, place.reader), []).append(place.tree)
@@ -157,17 +157,17 @@ def _kept(mask: Array) -> int:
     return int(np.asarray(mask).sum(axis=-1).max())
 
 
-def _bar(trace: Trace, selection: Selection, leaf: Axis) -> None:
+def _bar(trace: Trace, selection: Selection, units: set[Axis]) -> None:
     """Add -inf to dead units wherever they compete."""
     names = edit.Names(trace.model)
     for fact in list(trace.facts):
         if fact.what != "^" or fact.operand is None or fact.source is None:
             continue
-        if not any(x is leaf for x in leaves(fact.axis)):
+        if units.isdisjoint(leaves(fact.axis)):
             continue
         operand, node = fact.operand, fact.source
         axes = trace.axes[operand] or ()
-        at = next(i for i, axis in enumerate(axes) if any(x is leaf for x in leaves(axis)))
+        at = next(i for i, axis in enumerate(axes) if not units.isdisjoint(leaves(axis)))
         mask = np.where(selection.mask(axes[at]), 0.0, -math.inf)
         shape = [-1 if i == at else 1 for i in range(at, len(axes))]
         bar = mask.reshape(shape).astype(np.float32)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from graphc.axes.algebra import Axis, leaves
+from graphc.axes.algebra import Axis, find, leaves
 from graphc.axes.words import words
 
 if TYPE_CHECKING:
@@ -46,12 +46,19 @@ JOINED = frozenset({"Concat", "SkipSimplifiedLayerNormalization"})
 def zeros(trace: Trace, key: Callable[[Axis], Axis]) -> dict[ir.Value, frozenset[Axis]]:
     """For each value the leaves at whose dead units it is zero."""
     held: dict[ir.Value, frozenset[Axis]] = {}
+    within: dict[Axis, frozenset[Axis]] = {}
     along: dict[ir.Value, frozenset[Axis]] = {}
+
+    def inside(axis: Axis) -> frozenset[Axis]:
+        root = find(axis)
+        if root not in within:
+            within[root] = frozenset(key(leaf) for leaf in leaves(root))
+        return within[root]
 
     def has(value: ir.Value) -> frozenset[Axis]:
         if value not in along:
             axes = trace.copies.get((value, node)) or trace.axes.get(value) or ()
-            found = frozenset(key(leaf) for axis in axes for leaf in leaves(axis))
+            found = frozenset().union(*map(inside, axes))
             if (value, node) in trace.copies:
                 return found
             along[value] = found

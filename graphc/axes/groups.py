@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -118,6 +118,7 @@ class Group:
     leaf: Axis = field(repr=False, default_factory=lambda: Axis(0))
     outer: tuple[Axis, ...] = field(repr=False, default=())
     numbers: dict[Axis, int] | None = field(repr=False, default=None)
+    subsets: tuple[frozenset[int], ...] = field(repr=False, default=())
 
 
 @dataclass(frozen=True)
@@ -298,6 +299,8 @@ class _Builder:
         self.key: dict[Axis, Axis] = {}
         self.members: dict[Axis, dict[Axis, int]] = {}
         self.names: set[str] = set()
+        self.weights: dict[ir.Value, tuple[int, int]] = {}
+        self.shares: dict[tuple[Axis, ir.Value, ir.Node | None, int], int] = {}
 
     def run(self) -> None:
         self._ties()
@@ -383,7 +386,11 @@ class _Builder:
                 for leaf, offset, stride, outer, path in _occurrences(tree):
                     key = self._key(leaf)
                     size = self._size(key)
-                    if key in seen or size is None or size < 2:
+                    if size is None or size < 2:
+                        continue
+                    entry = (key, value, reader, i)
+                    self.shares[entry] = self.shares.get(entry, 0) + outer * stride
+                    if key in seen:
                         continue
                     seen.add(key)
                     found[key].append((value, reader, i, tree, offset, stride, outer, path))
@@ -422,20 +429,23 @@ class _Builder:
     def _ragged(self, free: list[Axis]) -> dict[Axis, tuple[Axis, ...]]:
         """For each leaf the leaves beside it wherever it occurs: its indices may differ from block to block."""
         wanted = {leaf for leaf in free if leaf not in self.members}
-        mixed = {leaf for fact in self.trace.facts if fact.what in "~^" for leaf in leaves(fact.axis)} | {
-            find(axis) for axis in self.key
-        }
+        mixed = {find(axis) for axis in self.key}
+        mixed.update(leaf for fact in self.trace.facts if fact.what in "~^" for leaf in leaves(fact.axis))
+        mixed.update(leaf for axis in self.trace.mixed for leaf in leaves(axis))
+        summed = self._summed()
         beside: dict[Axis, set[Axis]] = {}
+        seen: set[tuple[Axis, ...]] = set()
         for axes in (*self.trace.axes.values(), *self.trace.copies.values()):
-            if not axes:
+            if not axes or (roots := tuple(map(find, axes))) in seen:
                 continue
+            seen.add(roots)
             direct = [[d for d in digits(axis) if d.kind is Kind.LEAF] for axis in axes]
             for i, axis in enumerate(axes):
                 others = [d for j, found in enumerate(direct) if j != i for d in found]
-                for leaf, around in siblings(axis):
+                for (leaf, around), (_, repeated) in zip(siblings(axis), _repeated(axis), strict=True):
                     if leaf not in wanted:
                         continue
-                    near = {*around, *others}
+                    near = {o for o, count in Counter((*around, *others)).items() if count == 1} - repeated
                     near.discard(leaf)
                     held = beside.get(leaf)
                     beside[leaf] = near if held is None else held & near
@@ -449,19 +459,37 @@ class _Builder:
                 if isinstance(o.size, int)
                 and o.size > 1
                 and o not in mixed
+                and o not in summed.get(leaf, ())
                 and not (leaf in beside.get(o, ()) and rank.get(o, -1) > rank[leaf])
             ]
             if outer:
                 ragged[leaf] = tuple(sorted(outer, key=lambda o: rank.get(o, -1)))
         return ragged
 
+    def _summed(self) -> dict[Axis, set[Axis]]:
+        """For each leaf the leaves that some operator sums over to make a value along it."""
+        over: dict[ir.Node, set[Axis]] = defaultdict(set)
+        for fact in self.trace.facts:
+            if fact.what == "summed" and fact.source is not None:
+                over[fact.source].update(leaves(fact.axis))
+        found: dict[Axis, set[Axis]] = defaultdict(set)
+        for node, gone in over.items():
+            for out in node.outputs:
+                for axis in self.trace.axes.get(out) or ():
+                    for leaf in leaves(axis):
+                        found[leaf] |= gone
+        return found
+
     def _first_seen(self, wanted: Iterable[Axis]) -> list[Axis]:
         """Leaves in the order of their first occurrence in constants, then in any value."""
         ordered: dict[Axis, None] = {}
+        seen: set[Axis] = set()
         constants = (axes for _, _, axes in self.trace.constants())
         for axes in (*constants, *self.trace.axes.values()):
             for axis in axes or ():
-                ordered.update(dict.fromkeys(leaves(axis)))
+                if (root := find(axis)) not in seen:
+                    seen.add(root)
+                    ordered.update(dict.fromkeys(leaves(root)))
         return [*ordered, *(leaf for leaf in wanted if leaf not in ordered)]
 
     def _group(
@@ -477,13 +505,16 @@ class _Builder:
         assert size is not None
         params = total = 0
         for place in places:
-            numel, nbytes = _weight(place.value)
-            tree = find(place.tree)
-            positions = sum(1 for x in leaves(tree) if self._key(x) is leaf)
-            share = positions / size if leaf in self.members else place.outer * place.stride * positions
-            assert isinstance(tree.size, int)
-            params += round(numel * share / tree.size)
-            total += round(nbytes * share / tree.size)
+            if place.value not in self.weights:
+                self.weights[place.value] = _weight(place.value)
+            numel, nbytes = self.weights[place.value]
+            dim = find(place.tree).size
+            assert isinstance(dim, int)
+            part = self.shares[leaf, place.value, place.reader, place.axis] / dim
+            if leaf in self.members:
+                part /= size
+            params += round(numel * part)
+            total += round(nbytes * part)
         normalisers = {
             f.source: Normaliser(f.source, NORMALISERS.get(f.source.op_type, "other"))
             for f in facts
@@ -522,7 +553,21 @@ class _Builder:
             leaf=leaf,
             outer=outer,
             numbers=self.members.get(leaf),
+            subsets=self._subsets(leaf),
         )
+
+    def _subsets(self, leaf: Axis) -> tuple[frozenset[int], ...]:
+        """Units that are a whole axis somewhere, where that is not all of them: one of each set must remain."""
+        numbers = self.members.get(leaf)
+        if numbers is None:
+            return ()
+        found: set[frozenset[int]] = set()
+        for axes in (*self.trace.axes.values(), *self.trace.copies.values()):
+            for axis in axes or ():
+                units = [numbers.get(unit) for unit in leaves(axis)]
+                if None not in units and len(units) < len(numbers):
+                    found.add(frozenset(u for u in units if u is not None))
+        return tuple(sorted(found, key=sorted))
 
     def _top(self, node: ir.Node) -> int:
         if node.op_type == "TopK":
@@ -580,6 +625,26 @@ class _Builder:
                         for i, size in enumerate(tensor.shape.numpy()):
                             if size > 1:
                                 self.out.fixed.append(Fixed(value, i, size, reason, node_name(node)))
+
+
+def _repeated(tree: Axis) -> Iterator[tuple[Axis, set[Axis]]]:
+    """Leaves of a tree, each with the leaves that are there more than once in the products it lies in.
+
+    Such a leaf (from a shuffle of equal factors, say) is no block: each of its occurrences is another digit.
+    """
+
+    def walk(axis: Axis, repeated: set[Axis]) -> Iterator[tuple[Axis, set[Axis]]]:
+        node = find(axis)
+        if node.kind is Kind.LEAF:
+            yield node, repeated
+            return
+        if node.kind is Kind.PROD:
+            counts = Counter(leaf for part in digits(node) for leaf in leaves(part))
+            repeated = repeated | {leaf for leaf, count in counts.items() if count > 1}
+        for part in digits(node) if node.kind is Kind.PROD else node.parts:
+            yield from walk(part, repeated)
+
+    yield from walk(tree, set())
 
 
 def _weight(value: ir.Value) -> tuple[int, int]:

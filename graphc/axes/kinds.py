@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from graphc.axes.algebra import Axis, leaves
+from graphc.axes.algebra import Axis, find, leaves
 from graphc.axes.algebra import siblings as siblings_of
 from graphc.axes.notation import Ellipsis_
 from graphc.axes.words import words
@@ -50,6 +50,7 @@ class Signals:
     def __init__(self, trace: Trace, key: Callable[[Axis], Axis]) -> None:
         self.trace, self.key = trace, key
         self.of: dict[Axis, set[str]] = defaultdict(set)
+        self._seen: set[tuple[str, Axis]] = set()
         self.added: dict[Axis, list[ir.Node]] = defaultdict(list)
         for node, application in trace.bound.items():
             self._node(node, application)
@@ -79,8 +80,11 @@ class Signals:
 
     def _add(self, signal: str, axes: Iterable[Axis]) -> None:
         for axis in axes:
-            for leaf in leaves(axis):
-                self.of[self.key(leaf)].add(signal)
+            root = find(axis)
+            if (signal, root) not in self._seen:
+                self._seen.add((signal, root))
+                for leaf in leaves(root):
+                    self.of[self.key(leaf)].add(signal)
 
     def _node(self, node: ir.Node, application: Application) -> None:
         op, trace, names = node.op_type, self.trace, application.names

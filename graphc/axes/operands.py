@@ -16,6 +16,7 @@ import onnx_ir as ir
 from graphc import edit
 from graphc.axes import symbolic
 from graphc.axes.algebra import Axis
+from graphc.axes.notation import Name, Product
 from graphc.axes.size import Size, Sym, divide, product
 from graphc.errors import BadInput
 
@@ -71,6 +72,11 @@ class Operands:
 
     def _size(self, axis: Axis) -> Size:
         return self.selection.size(axis)
+
+    def _static(self, axis: Axis) -> int:
+        size = self._size(axis)
+        assert isinstance(size, int)
+        return size
 
     def _sizes(self, value: ir.Value | None, reader: ir.Node | None = None) -> list[Size]:
         axes = None if value is None else self.trace.axes.get(value)
@@ -381,6 +387,20 @@ class Operands:
         at = edit.attribute(node, "axis", 0) % len(axes)
         out = (self.trace.axes.get(node.outputs[0]) or ())[at]
         if not (self.selection.touches(axes[at]) or self.selection.touches(out)):
+            return (1,)
+        application = self.trace.bound[node]
+        kind = application.rule.outputs[0].terms[at]
+        names = application.names
+        if isinstance(kind, Product):
+            sizes = [self._static(names[part.name]) for part in kind.parts if isinstance(part, Name)]
+            each = not str(kind.parts[0]).endswith("_")
+            new = np.repeat(np.arange(sizes[0]), sizes[1]) if each else np.tile(np.arange(sizes[1]), sizes[0])
+            self.plan.append((node, 1, new))
+            return (1,)
+        if isinstance(kind, Name) and kind.name.endswith("1_") and not kind.pick:
+            first = names.get(f"{kind.name[:-2]}0_")
+            start = 0 if first is None else self._static(first)
+            self.plan.append((node, 1, np.arange(start, start + self._static(names[kind.name]))))
             return (1,)
         kept = self.selection.mask(axes[at])
         picked = indices[self.selection.mask(out)]

@@ -59,6 +59,8 @@ def _counts(groups: Groups, group: Group, mask: Array, keep: Masks) -> list[str]
         count = int(present[0]) if len(present) else 0
     else:
         count = int(mask.sum())
+    if mask.ndim == 1 and any(not mask[sorted(units)].any() for units in group.subsets):
+        return [f"'{group.name}' would leave an axis of single positions empty"]
     if count < group.min_keep:
         return [f"'{group.name}' would keep {count} of {group.size}, at least {group.min_keep} must remain"]
     if count < group.size and count % group.multiple_of:

@@ -76,6 +76,7 @@ class Trace:
         facts: What nodes say about axes.
         indexes: By value: the axis that its elements are indices of.
         roots: By value: the constants that it is made of alone, by movement and casts.
+        mixed: Axes along which some operator mixes or moves indices.
         roles: ``(constant, axis, role)``: how a constant is used along an axis.
         order: Constants in the order of their first use.
         bound: By node: how its rule was applied; nodes that were not understood are absent.
@@ -92,9 +93,11 @@ class Trace:
         self.copies: dict[tuple[ir.Value, ir.Node], Axes] = {}
         self.known: dict[ir.Value, symbolic.Known] = {}
         self._constants: dict[ir.Value, ir.DataType] = {}
+        self._unknown: set[ir.Value] = set()
         self.facts: list[Fact] = []
         self.indexes: dict[ir.Value, Axis] = {}
         self.roots: dict[ir.Value, tuple[ir.Value, ...]] = {}
+        self.mixed: list[Axis] = []
         self.roles: list[tuple[ir.Value, Axis, str]] = []
         self.order: dict[ir.Value, None] = {}
         self.unifier = Unifier()
@@ -197,8 +200,12 @@ class Trace:
         """What a small tensor holds, where it is known."""
         if value in self.known:
             return self.known[value]
+        if value in self._unknown:
+            return None
         tensor = edit.tensor(value)
         if tensor is None or tensor.size > symbolic.LIMIT or tensor.dtype == ir.DataType.STRING:
+            if tensor is not None:
+                self._unknown.add(value)
             return None
         array = symbolic.known(tensor.numpy())
         self._constants[value] = tensor.dtype
@@ -319,7 +326,10 @@ class Trace:
         self.bound[node] = application
 
     def _sizes(self, value: ir.Value) -> Sequence[Size] | None:
-        if value not in self.axes and (tensor := edit.tensor(value)) is not None:
+        if value in self.axes:
+            axes = self.axes[value]
+            return None if axes is None else [axis.size for axis in axes]
+        if (tensor := edit.tensor(value)) is not None:
             return tensor.shape.numpy()
         axes = self.axes_of(value)
         return None if axes is None else [axis.size for axis in axes]

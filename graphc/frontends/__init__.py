@@ -31,7 +31,7 @@ class Source:
     result: PassResult
 
 
-def load(path: Path) -> Source:
+def load(path: str | Path) -> Source:
     """Load a model from a file or folder, with the frontend that knows it.
 
     Raises:
@@ -39,4 +39,4 @@ def load(path: Path) -> Source:
     """
     from graphc.frontends import onnx
 
-    return onnx.load(path)
+    return onnx.load(Path(path))

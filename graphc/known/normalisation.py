@@ -34,7 +34,9 @@ def _channel_norm(node: ir.Node, known: Knowledge) -> Sequence[Facets]:
     rank = rank_of(node, known)
     scale, shift = ([f.reshape(-1, *(1,) * (rank - 2)) for f in known(v)] for v in node.inputs[1:3])
     x = known(node.inputs[0]) if node.op_type == "InstanceNormalization" else NOTHING
-    if rank < 3:
+    channels, length = known.shape(node.inputs[0]), known.shape(node.inputs[1])
+    if rank < 3 or channels is None or length is None or channels[1] != length[0]:
+        # Before opset 21, GroupNormalization scales groups, not channels.
         return ()
 
     def normalise(x: Array, scale: Array, shift: Array) -> Array:
@@ -119,7 +121,10 @@ def _pool(node: ir.Node, known: Knowledge) -> Sequence[Facets]:
     spatial = range(2, rank)
     shape_in, shape_out = known.shape(node.inputs[0]), known.shape(node.outputs[0])
     if node.op_type in ("Resize", "Upsample") and (
-        shape_in is None or shape_out is None or shape_in[:2] != shape_out[:2]
+        shape_in is None
+        or shape_out is None
+        or shape_in[:2] != shape_out[:2]
+        or attribute(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize"
     ):
         return ()
     found = tuple(collapse(f, spatial) for f in known(node.inputs[0]))

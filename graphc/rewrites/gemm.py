@@ -34,11 +34,12 @@ def matmul_add(node: ir.Node, rewriter: Rewriter) -> str | None:
     columns = _columns(product, rewriter)
     if shape is None or len(shape) > 2:
         raise Refused("the added tensor does not broadcast to the product")
-    if shape and shape[-1] not in (1, columns):
+    if shape and shape[-1] != 1 and (columns is None or shape[-1] != columns):
         raise Refused("the added tensor does not broadcast to the product")
     if len(shape) == 2 and shape[0] != 1:
         wanted = rewriter.shape(result)
-        if wanted is None or wanted[0] != shape[0] or not isinstance(shape[0], int):
+        is_named = isinstance(shape[0], int) or shape[0].value is not None
+        if wanted is None or wanted[0] != shape[0] or not is_named:
             raise Refused("the added tensor may not broadcast to the product")
     made = rewriter.supersede(node, "Gemm", [*product.inputs[:2], addend])
     made.name = product.name

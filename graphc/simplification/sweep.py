@@ -136,7 +136,11 @@ class Sweep:
     def _rewrite(self, node: ir.Node) -> bool:
         for table in self._rules:
             for rule in table[node.op_type]:
-                outcome = rule(node, self)
+                try:
+                    outcome = rule(node, self)
+                except (IndexError, TypeError, ValueError):
+                    # A node that does not fit its operator or its inputs is the runtime's to reject.
+                    continue
                 match outcome:
                     case Refuse(reason):
                         self.refusals.append((node, reason))

@@ -62,6 +62,10 @@ class Tensor:
     fill: str = "normal"
 
 
+DEAD = {"router": -np.inf, "centred": 128, "nibbles": 0x88}
+"""What a dead unit holds in a tensor with this fill, where that is not zero."""
+
+
 @dataclass(frozen=True)
 class Fragment:
     name: str
@@ -126,7 +130,7 @@ class Fragment:
                 if len(dead):
                     index = (slice(None),) * axis + (dead,)
                     full[name] = full[name].copy()
-                    full[name][index] = -np.inf if t.fill == "router" else 0
+                    full[name][index] = DEAD.get(t.fill, 0)
         for name, t in self.tensors.items():
             sliced[name] = full[name]
             for axis, tree in enumerate(t.axes):
@@ -334,6 +338,10 @@ def _fill(key: str, shape: tuple[int, ...], t: Tensor) -> Array:
             return np.zeros(shape, dtype)
         case "one":
             return np.ones(shape, dtype)
+        case "centre":
+            return np.full(shape, 128, dtype)
+        case "centred" | "nibbles":
+            return rng.integers(0, 256, shape).astype(dtype)
         case "scale":
             return rng.uniform(0.01, 0.03, shape).astype(dtype)
     if np.issubdtype(dtype, np.integer):

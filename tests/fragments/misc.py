@@ -44,6 +44,32 @@ def qdq_blocked(s: Any) -> str:
 
 
 @fragment(
+    "f=6",
+    {"f": "neuron"},
+    "w1[uint8]: 8 f = centred; s1: f = scale; z1[uint8]: f = centre; b1: f; w2[uint8]: f 5 = centred; s2: = scale; "
+    "z2[uint8]: = centre",
+)
+def qdq_unsigned(s: Any) -> str:
+    """Unsigned weights: zero is what the zero point says, not the integer 0."""
+    return f"""{TOKENS}
+        f1 = DequantizeLinear<axis=1>(w1, s1, z1)
+        a = MatMul(x, f1)
+        b = Add(a, b1)
+        r = Relu(b)
+        f2 = DequantizeLinear(w2, s2, z2)
+        y = MatMul(r, f2)"""
+
+
+@fragment("f=6", {"f": "neuron"}, "w1[uint8]: f 1 16 = nibbles; s1: (f 1) = scale; w2: f 5")
+def matmul_nbits(s: Any) -> str:
+    """Packed 4-bit weights, 32 inputs a block; a nibble of 8 stands for zero."""
+    return f"""(float[N,32] x) => (float[N,5] y)
+        a = com.microsoft.MatMulNBits<K=32, N={s.f}, bits=4, block_size=32>(x, w1, s1)
+        r = Relu(a)
+        y = MatMul(r, w2)"""
+
+
+@fragment(
     "c=4 d=3", {"c": "channel", "d": "channel"}, "w1: c 3 3 3; b1: c; w2: d c 3 3; b2: d; r2: d 3 3 3; w3: 5 d 1 1"
 )
 def fused_conv(s: Any) -> str:

@@ -1,0 +1,51 @@
+"""What a model declares to its callers: names, dtypes and shapes of inputs and outputs."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+
+def difference(reference: ir.Model, candidate: ir.Model) -> str:
+    """What differs between the inputs and outputs that two models declare; empty if nothing does.
+
+    Names, order, dtypes and shapes must be the same, but an output may declare what was unknown: dimensions without a
+    name, or with one that no input has.
+    """
+    symbols = {d.value for v in reference.graph.inputs for d in v.shape or () if not isinstance(d, int)}
+    for kind in ("input", "output"):
+        ours, theirs = (list(getattr(m.graph, f"{kind}s")) for m in (reference, candidate))
+        if kind == "input":  # a default is an initializer, listed or not
+            ours, theirs = ([v for v in vs if not v.is_initializer()] for vs in (ours, theirs))
+        names, other = [v.name for v in ours], [v.name for v in theirs]
+        if names != other:
+            return f"its {kind}s are {', '.join(map(str, other))} instead of {', '.join(map(str, names))}"
+        for a, b in zip(ours, theirs, strict=True):
+            if a.type is not None and a.type != b.type:
+                return f"{kind} '{a.name}' is {b.type} instead of {a.type}"
+            if not _shape_kept(a.shape, b.shape, symbols if kind == "output" else None):
+                return f"{kind} '{a.name}' has the shape {_shape_text(b.shape)} instead of {_shape_text(a.shape)}"
+    return ""
+
+
+def _shape_kept(ours: ir.Shape | None, theirs: ir.Shape | None, symbols: set[str | None] | None) -> bool:
+    """Whether a declared shape is still what it was.
+
+    With the ``symbols`` of the inputs, any other dimension without a number may have become known.
+    """
+    if ours is None or theirs is None:
+        return ours is theirs or (ours is None and symbols is not None)
+    if len(ours) != len(theirs):
+        return False
+    for a, b in zip(ours, theirs, strict=True):
+        free = not isinstance(a, int) and (a.value is None or (symbols is not None and a.value not in symbols))
+        if not free and a != b:
+            return False
+        if free and symbols is None and isinstance(b, int):
+            return False
+    return True
+
+
+def _shape_text(shape: ir.Shape | None) -> str:
+    if shape is None:
+        return "unknown"
+    return "[" + ", ".join(str(d) if isinstance(d, int) else str(d.value or "?") for d in shape) + "]"
