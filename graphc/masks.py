@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from graphc import tensorfile
 from graphc.axes.groups import Group, Groups, Place
 from graphc.edit import Array
 from graphc.errors import BadInput, nearest
@@ -17,9 +16,20 @@ def read(path: Path) -> dict[str, Array]:
     """The arrays of a safetensors file.
 
     Raises:
-        BadInput: As ``tensorfile.read``; or the file has no entry.
+        BadInput: The file cannot be read, is no safetensors file, is truncated, or has no entry.
     """
-    found = tensorfile.read(path)
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        found: dict[str, Array] = load_file(path)
+    except OSError as error:
+        raise BadInput("cannot read the file", where=str(path), why=error.strerror or str(error)) from None
+    except (SafetensorError, KeyError) as error:
+        hint = "write it with safetensors.numpy.save_file"
+        raise BadInput(
+            "this is not a safetensors file of NumPy arrays", where=str(path), why=str(error), hint=hint
+        ) from None
     if not found:
         raise BadInput("the file has no entries", where=str(path), hint="give one array per group or weight:axis")
     return found

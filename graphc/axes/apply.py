@@ -33,7 +33,7 @@ SPATIAL = words(
     "Conv ConvTranspose FusedConv NhwcConv NhwcFusedConv ConvInteger QLinearConv DeformConv MaxPool "
     "AveragePool LpPool GlobalAveragePool GlobalMaxPool GridSample"
 )
-SIDES = frozenset({"d"})
+SIDES = frozenset({"dir"})
 """Names that stand for independent sides when they are kept whole: the directions of a recurrent layer."""
 WHY = {
     "side": "{op} has a fixed number of these",

@@ -1,6 +1,6 @@
 """Recurrent layers. Gates are digits of fixed size outside the hidden units; time is kept whole.
 
-``hidden_size`` follows from the hidden axis. With both directions, each may lose other units (``d`` is always
+``hidden_size`` follows from the hidden axis. With both directions, each may lose other units (``dir`` is always
 beside ``h``).
 """
 
@@ -21,15 +21,15 @@ def recurrent(n: View) -> Line:
 
     inputs = [
         "[s] b i",
-        f"[d] {rows(gates)} i",
-        f"[d] {rows(gates)} h",
-        f"[d] {rows(2 * gates)}",
+        f"[dir] {rows(gates)} i",
+        f"[dir] {rows(gates)} h",
+        f"[dir] {rows(2 * gates)}",
         "b",
-        "[d] b h",
+        "[dir] b h",
     ]
-    outputs = ["[s] [d] b h", "[d] b h"]
+    outputs = ["[s] [dir] b h", "[dir] b h"]
     if kind == "LSTM":
-        inputs += ["[d] b h", f"[d] {rows(3)}"]
-        outputs += ["[d] b h"]
+        inputs += ["[dir] b h", f"[dir] {rows(3)}"]
+        outputs += ["[dir] b h"]
     inputs = [text if n.has(k) else "" for k, text in enumerate(inputs)][: n.inputs]
     return Line(f"{', '.join(inputs)} -> {', '.join(outputs)}", {"h": n.shape(2)[2]})
