@@ -13,6 +13,8 @@ from graphc.errors import BadInput
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from graphc.runtime import Session
+
 _SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _TIMES = {"": 1.0, "S": 1.0, "MS": 1e-3, "US": 1e-6}
 _QUANTITY = re.compile(r"\s*([0-9.]+(?:[eE][+-]?\d+)?)\s*([a-zA-Z]*)\s*$")
@@ -88,7 +90,7 @@ class Judge:
         from graphc import inputs, runtime
 
         self._progress = progress
-        session = runtime.session(reference, optimise=False)
+        session = self._session(reference)
 
         def runs(arrays: Arrays) -> bool:
             try:
@@ -100,7 +102,14 @@ class Judge:
         self._inputs = list(samples) or [c.arrays for c in inputs.generate(reference, seed=seed, accepts=runs)]
         self._wanted = self._outputs(session, "running the original")
 
-    def _outputs(self, session: Any, what: str) -> list[dict[str, Any]]:
+    @staticmethod
+    def _session(model: ir.Model) -> Session:
+        from graphc import runtime
+
+        big = runtime.constants_nbytes(model) > runtime.BIG
+        return runtime.session(model, optimise=False, frugal=big)
+
+    def _outputs(self, session: Session, what: str) -> list[dict[str, Any]]:
         found = []
         for i, arrays in enumerate(self._inputs):
             self._progress(what, i, len(self._inputs))
@@ -114,10 +123,9 @@ class Judge:
         Raises:
             BadInput: The candidate does not run, or a metric cannot be computed from these outputs.
         """
-        from graphc import runtime
         from graphc.metrics import metric
 
-        found = self._outputs(runtime.session(candidate, optimise=False), "running the candidate")
+        found = self._outputs(self._session(candidate), "running the candidate")
         return {name: metric(name)(self._wanted, found, self._inputs) for name in dict.fromkeys(metrics)}
 
 

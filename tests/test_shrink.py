@@ -304,3 +304,37 @@ def test_real_models(name: str, options: dict[str, object]) -> None:
     dead = sum(int(np.prod(s)) for s in shapes(proto).values()) - sum(int(np.prod(s)) for s in shapes(small).values())
     assert dead > 0.2 * sum(int(np.prod(s)) for s in shapes(proto).values())
     assert not result.refusals
+
+
+def test_an_expert_with_weights_of_its_own_disappears() -> None:
+    """The router's bias bars it: what it computes is multiplied by zero and added."""
+    text = """moe (float[N,4] x) => (float[N,3] y) {
+        l0 = MatMul(x, wr)
+        l = Add(l0, br)
+        p = Softmax<axis=-1>(l)
+        i = Constant<value_ints=[0]>()
+        j = Constant<value_ints=[1]>()
+        p0 = Gather<axis=1>(p, i)
+        p1 = Gather<axis=1>(p, j)
+        a = MatMul(x, w0)
+        a0 = Mul(a, p0)
+        b = MatMul(x, w1)
+        b1 = Mul(b, p1)
+        y = Add(a0, b1)
+    }"""
+    barred = np.array([0, -np.inf, 0])
+    small, result = shrunk(model_of(text, wr=normal(4, 3), br=barred, w0=normal(4, 3), w1=normal(4, 3)))
+    assert "w1" not in shapes(small)
+    assert "branch that adds zero removed" in result.changes
+
+
+def test_dead_units_of_quantized_weights() -> None:
+    """Zero is what dequantizes to zero."""
+    fragment = ALL["qdq_unsigned"]
+    arrays = fragment.arrays()
+    for name in ("w1", "w2"):
+        arrays[name] = arrays[name].copy()
+    arrays["w1"][:, [1, 4]], arrays["b1"] = 128, columns(arrays["b1"], 1, 4)
+    small, _ = shrunk(fragment.build(None, arrays))
+    assert shapes(small)["w1"] == (8, 4)
+    assert shapes(small)["s1"] == (4,)

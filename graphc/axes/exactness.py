@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from graphc.axes.algebra import Axis, find, leaves
+from graphc.axes.notation import Name
 from graphc.axes.words import words
 
 if TYPE_CHECKING:
@@ -24,9 +25,11 @@ FIRST = words(
     "Split Pad Gather GatherND GatherElements DepthToSpace SpaceToDepth Resize Upsample MaxPool AveragePool "
     "LpPool GlobalAveragePool GlobalMaxPool GlobalLpPool ReduceSum ReduceMean ReduceMax ReduceMin ReduceL1 "
     "ReduceL2 ReduceSumSquare ReduceProd Trilu CumSum RMSNormalization SimplifiedLayerNormalization "
-    "RotaryEmbedding GridSample LpNormalization Softmax BiasSplitGelu NhwcMaxPool"
+    "RotaryEmbedding GridSample LpNormalization BiasSplitGelu NhwcMaxPool"
 )
-"""Operators whose result is zero where their first input is. (A softmax is zero where -inf bars a unit.)"""
+"""Operators whose result is zero where their first input is."""
+COMPETITIONS = frozenset({"Softmax", "Hardmax", "QLinearSoftmax"})
+"""Operators whose result is zero where -inf bars a unit that competes."""
 FACTORS = words("Mul And MatMul Einsum MatMulInteger MatMulNBits FusedMatMul BitwiseAnd")
 """Operators whose result is zero where one input is."""
 TERMS = words("Add Sub Sum Max Min Mean Or BiasGelu FastGelu BiasAdd Where")
@@ -71,6 +74,11 @@ def zeros(trace: Trace, key: Callable[[Axis], Axis]) -> dict[ir.Value, frozenset
             return has(value)
         return held.get(value, frozenset())
 
+    def competing(node: ir.Node) -> frozenset[Axis]:
+        application = trace.bound[node]
+        marked = [t.name for t in application.rule.inputs[0].terms if isinstance(t, Name) and t.mark == "^"]
+        return frozenset().union(*(inside(application.names[name]) for name in marked))
+
     for node in trace.graph:
         op, inputs = node.op_type, [v for v in node.inputs if v is not None]
         if not inputs or node not in trace.bound:
@@ -80,6 +88,8 @@ def zeros(trace: Trace, key: Callable[[Axis], Axis]) -> dict[ir.Value, frozenset
             own = has(out)
             if op in FIRST:
                 found = first
+            elif op in COMPETITIONS:
+                found = competing(node)
             elif op in FACTORS:
                 found = frozenset().union(*map(zero, inputs))
             elif op in TERMS:

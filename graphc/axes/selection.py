@@ -129,7 +129,7 @@ class Selection:
             return self._mask(axis, {})
         total: Array = np.zeros(int(find(axis).size), dtype=bool)  # type: ignore[arg-type]
         for assignment in self._assignments(wanted):
-            total |= self._mask(axis, assignment)
+            total |= self._mask(axis, assignment, local=True)
         return total
 
     def take(self, axes: Sequence[Axis], array: Array) -> Array:
@@ -207,8 +207,11 @@ class Selection:
                 target.append(np.arange(len(positions)) if total is None else np.cumsum(total)[positions] - 1)
             yield source, target
 
-    def _mask(self, axis: Axis, assignment: Assignment) -> Array:
+    def _mask(self, axis: Axis, assignment: Assignment, *, local: bool = False) -> Array:
+        """The positions of an axis that survive in one block; with ``local``, only where it has a ragged leaf."""
         node = find(axis)
+        if local and assignment and not any(leaf in self.ragged for leaf in leaves(node)):
+            assignment = {}
         if node.kind is Kind.LEAF:
             if node in self.units:
                 return np.array([self.units[node]])
@@ -221,9 +224,9 @@ class Selection:
             if node in assignment:
                 mask = mask & (np.arange(node.size) == assignment[node])
             return mask
-        masks = [self._mask(part, assignment) for part in node.parts]
         if node.kind is Kind.SUM:
-            return np.concatenate(masks)
+            return np.concatenate([self._mask(part, assignment, local=local) for part in node.parts])
+        masks = [self._mask(part, assignment) for part in node.parts]
         shape = [len(m) for m in masks]
         total = np.ones(math.prod(shape), dtype=bool).reshape(shape)
         for i, m in enumerate(masks):
