@@ -1,4 +1,4 @@
-"""The groups that graphc finds in each fragment, against the proven truth: exact, coarser but sound, fixed; never wrong."""
+"""The groups that graphc finds in each fragment, against the proven truth: exact, coarser or fixed; never wrong."""
 
 from __future__ import annotations
 

@@ -325,7 +325,7 @@ def test_an_expert_with_weights_of_its_own_disappears() -> None:
     barred = np.array([0, -np.inf, 0])
     small, result = shrunk(model_of(text, wr=normal(4, 3), br=barred, w0=normal(4, 3), w1=normal(4, 3)))
     assert "w1" not in shapes(small)
-    assert "branch that adds zero removed" in result.changes
+    assert any(change.startswith("branch that adds zero removed") for change in result.changes)
 
 
 def test_dead_units_of_quantized_weights() -> None:

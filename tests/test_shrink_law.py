@@ -10,10 +10,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 from fragments import ALL, Fragment, feeds, run
+from fragments.core import DEAD
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from fragments.core import DEAD
 
 from graphc.axes import cut
 from graphc.axes.groups import Group, analyse

@@ -43,13 +43,15 @@ WHY = {
     "whole": "{op} needs this tensor whole",
 }
 
-Bound = tuple[Term, Axis, ir.Value]
+Bound = tuple[Term, Axis, ir.Value, int]
+"""A term, the axis it stands for, the operand it is of, and which axis of the operand it belongs to."""
 
 
 class Application:
     """One use of a rule.
 
     Attributes:
+        held: What each name stands for in each operand and result.
         consumed: Inputs whose indices the rule looked up along an axis that it knows.
     """
 
@@ -61,6 +63,7 @@ class Application:
         self.batch: list[Axis] = []
         self.operands: dict[str, list[tuple[Axis, ir.Value]]] = {}
         self.consumed: list[ir.Value] = []
+        self.held: list[tuple[ir.Value, str, Axis]] = []
         self.fixed: list[tuple[Axis, ir.Value | None, str]] = []
 
     def run(self) -> None:
@@ -116,17 +119,16 @@ class Application:
         extra = len(axes) - len(terms) + 1
         if (at < 0 and len(axes) != len(terms)) or (at >= 0 and extra < 0):
             raise NoRule(f"the rule of {self.node.op_type} does not fit rank {len(axes)}")
+        after = len(axes) if at < 0 else at
+        for i, (term, axis) in enumerate(zip(terms[:after], axes[:after], strict=True)):
+            self._term(term, axis, value, i, pending)
         if at < 0:
-            for term, axis in zip(terms, axes, strict=True):
-                self._term(term, axis, value, pending)
             return
-        for term, axis in zip(terms[:at], axes[:at], strict=True):
-            self._term(term, axis, value, pending)
-        self._many(terms[at], list(axes[at : at + extra]), value)
-        for term, axis in zip(terms[at + 1 :], axes[at + extra :], strict=True):
-            self._term(term, axis, value, pending)
+        self._many(terms[at], list(axes[at : at + extra]), value, at)
+        for i, (term, axis) in enumerate(zip(terms[at + 1 :], axes[at + extra :], strict=True), at + extra):
+            self._term(term, axis, value, i, pending)
 
-    def _many(self, term: Term, axes: list[Axis], value: ir.Value) -> None:
+    def _many(self, term: Term, axes: list[Axis], value: ir.Value, at: int) -> None:
         if isinstance(term, Ellipsis_):
             self.leading.append((axes, value))
             return
@@ -134,8 +136,10 @@ class Application:
         if term.fixed:
             self.fixed += [(axis, value, "") for axis in axes]
         if term.mark:
-            for axis in axes:
-                self.trace.mark(axis, term.mark, self.node, value)
+            for i, axis in enumerate(axes, at):
+                self.trace.mark(axis, term.mark, self.node, value, i)
+        for i, axis in enumerate(axes):
+            self.held.append((value, f"*{term.name}{i}", axis))
         known = self.stars.setdefault(term.name, axes)
         if len(known) != len(axes):
             raise NoRule(f"ranks differ in {self.node.op_type}")
@@ -144,21 +148,22 @@ class Application:
                 self.trace.unifier.unify(a, b)
         self.operands.setdefault(f"*{term.name}", []).extend((axis, value) for axis in axes)
 
-    def _term(self, term: Term, axis: Axis, value: ir.Value, pending: list[Bound]) -> None:
+    def _term(self, term: Term, axis: Axis, value: ir.Value, at: int, pending: list[Bound]) -> None:
         if isinstance(term, Name):
             self._bind(term.name, axis, value)
+            self.held.append((value, term.name, axis))
             self.operands.setdefault(term.name, []).append((axis, value))
             if term.fixed:
                 self.fixed.append((axis, value, "side" if term.name in SIDES else ""))
             if term.mark:
-                self.trace.mark(axis, term.mark, self.node, value)
+                self.trace.mark(axis, term.mark, self.node, value, at)
         elif isinstance(term, Number):
             if axis.size != term.size and isinstance(axis.size, int):
                 raise NoRule(f"{self.node.op_type} has size {axis.size} where {term.size} is expected")
             if term.size != 1:
                 self.fixed.append((axis, value, "number"))
         else:
-            pending.append((term, axis, value))
+            pending.append((term, axis, value, at))
 
     def _bind(self, name: str, axis: Axis, value: ir.Value) -> None:
         known = self.names.setdefault(name, axis)
@@ -171,7 +176,7 @@ class Application:
             later: list[Bound] = []
             progress = False
             for bound in pending:
-                term, axis, value = bound
+                term, axis, value, at = bound
                 assert isinstance(term, Product | Sum)
                 sizes = self._part_sizes(term, axis.size)
                 if sizes is None:
@@ -181,7 +186,7 @@ class Application:
                 unifier = self.trace.unifier
                 parts = unifier.split(axis, sizes) if isinstance(term, Product) else unifier.cut(axis, sizes)
                 for part, sub in zip(parts, term.parts, strict=True):
-                    self._term(sub, part, value, later)
+                    self._term(sub, part, value, at, later)
             if not progress:
                 raise NoRule(f"the sizes in {pending[0][0]} of {self.node.op_type} do not follow")
             pending = later
@@ -235,6 +240,7 @@ class Application:
         for axes, value in self.leading:
             for i, axis in enumerate(axes, rank - len(axes)):
                 known = result[i]
+                self.held.append((value, f"...{i}", axis))
                 if known is None:
                     result[i] = axis
                 elif axis.size == 1 or known.size == 1:
@@ -261,10 +267,11 @@ class Application:
             return
         made: list[Axis] = []
         for term in pattern.terms:
-            if isinstance(term, Ellipsis_):
-                made += self.batch
-            elif isinstance(term, Star):
-                made += self._star(term, pattern, declared, len(made), out)
+            if isinstance(term, Ellipsis_ | Star):
+                many = self._star(term, pattern, declared, len(made), out) if isinstance(term, Star) else self.batch
+                label = f"*{term.name}" if isinstance(term, Star) else "..."
+                self.held += [(out, f"{label}{i}", axis) for i, axis in enumerate(many)]
+                made += many
             else:
                 hint = declared[len(made)] if declared and len(made) < len(declared) else None
                 made.append(self._build(term, hint, out))
@@ -312,6 +319,7 @@ class Application:
             known = self.names[term.name] = Axis(size)
             if not term.fixed:
                 self.trace.replicas.append((known, self.node))
+        self.held.append((out, term.name, known))
         if term.pick:
             known = self._picked(known, self.line.picks[term.pick].tolist(), out)
         if term.fixed:

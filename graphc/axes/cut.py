@@ -167,7 +167,7 @@ def _bar(trace: Trace, selection: Selection, units: set[Axis]) -> None:
             continue
         operand, node = fact.operand, fact.source
         axes = trace.axes[operand] or ()
-        at = next(i for i, axis in enumerate(axes) if not units.isdisjoint(leaves(axis)))
+        at = fact.at
         mask = np.where(selection.mask(axes[at]), 0.0, -math.inf)
         shape = [-1 if i == at else 1 for i in range(at, len(axes))]
         bar = mask.reshape(shape).astype(np.float32)

@@ -109,5 +109,16 @@ def zeros(trace: Trace, key: Callable[[Axis], Axis]) -> dict[ir.Value, frozenset
                 found = frozenset(leaf for leaf in own if all(leaf in zero(v) or leaf not in has(v) for v in inputs))
             else:
                 found = frozenset()
-            held[out] = found & own
+            held[out] = found & own - _twice(trace, out, inside)
     return held
+
+
+def _twice(trace: Trace, value: ir.Value, inside: Callable[[Axis], frozenset[Axis]]) -> frozenset[Axis]:
+    """Leaves of several axes of a value: zero along one of them says nothing about the others."""
+    seen: set[Axis] = set()
+    twice: set[Axis] = set()
+    for axis in trace.axes.get(value) or ():
+        own = inside(axis)
+        twice |= seen & own
+        seen |= own
+    return frozenset(twice)

@@ -464,7 +464,41 @@ class _Builder:
             ]
             if outer:
                 ragged[leaf] = tuple(sorted(outer, key=lambda o: rank.get(o, -1)))
-        return ragged
+        return self._aligned(ragged)
+
+    def _aligned(self, ragged: dict[Axis, tuple[Axis, ...]]) -> dict[Axis, tuple[Axis, ...]]:
+        """Only the blocks that every operator keeps apart.
+
+        Where an operator uses a leaf under one name in several operands, a block of one must meet the same block
+        of the other: the leaf of the blocks must have one name in all of them, too.
+        """
+        within: dict[Axis, frozenset[Axis]] = {}
+
+        def inside(axis: Axis) -> frozenset[Axis]:
+            root = find(axis)
+            if root not in within:
+                within[root] = frozenset(leaves(root))
+            return within[root]
+
+        kept = {leaf: set(outer) for leaf, outer in ragged.items()}
+        for application in self.trace.bound.values():
+            if not any(not kept.keys().isdisjoint(inside(axis)) for _, _, axis in application.held):
+                continue
+            by_name: dict[str, dict[ir.Value, Axis]] = defaultdict(dict)
+            by_value: dict[ir.Value, list[tuple[str, Axis]]] = defaultdict(list)
+            for value, name, axis in application.held:
+                by_name[name][value] = axis
+                by_value[value].append((name, axis))
+            for uses in by_name.values():
+                for leaf in kept.keys() & frozenset().union(*map(inside, uses.values())):
+                    for outer in list(kept[leaf]):
+                        holding = [v for v, axis in uses.items() if leaf in inside(axis)]
+                        names = [{n for n, axis in by_value[v] if outer in inside(axis)} for v in holding]
+                        if not set.intersection(*names):
+                            kept[leaf].discard(outer)
+        return {
+            leaf: blocks for leaf, outer in ragged.items() if (blocks := tuple(o for o in outer if o in kept[leaf]))
+        }
 
     def _summed(self) -> dict[Axis, set[Axis]]:
         """For each leaf the leaves that some operator sums over to make a value along it."""

@@ -47,6 +47,7 @@ class Fact:
         node: The node's name, or "" for the model's interface.
         source: The node, if there is one.
         operand: The value whose axis it is.
+        at: Which axis of the operand it is, for marks.
         count: What the number of indices must be a multiple of.
     """
 
@@ -57,6 +58,7 @@ class Fact:
     source: ir.Node | None = None
     operand: ir.Value | None = None
     count: int = 1
+    at: int = -1
 
 
 def node_name(node: ir.Node) -> str:
@@ -116,8 +118,8 @@ class Trace:
         name = "" if node is None else node_name(node)
         self.facts.extend(Fact(axis, "fixed", reason, name, node, operand) for axis in axes)
 
-    def mark(self, axis: Axis, mark: str, node: ir.Node, operand: ir.Value) -> None:
-        self.facts.append(Fact(axis, mark, "", node_name(node), node, operand))
+    def mark(self, axis: Axis, mark: str, node: ir.Node, operand: ir.Value, at: int) -> None:
+        self.facts.append(Fact(axis, mark, "", node_name(node), node, operand, at=at))
 
     def summed(self, axis: Axis, node: ir.Node, operand: ir.Value) -> None:
         self.facts.append(Fact(axis, "summed", "", node_name(node), node, operand))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from graphc.views.units import count
 
 if TYPE_CHECKING:
-    from graphc.axes.groups import Group, Groups
+    from graphc.axes.groups import Group, Groups, Place
 
 COLOURS = {
     "channel": "#2f6feb",
@@ -47,12 +49,26 @@ def _group(group: Group) -> dict[str, Any]:
         "min_keep": group.min_keep,
         "multiple_of": group.multiple_of,
         "blocks": list(group.blocks),
-        "places": [
-            {"weight": p.value.name, "axis": p.axis, "role": p.role, "offset": p.offset, "stride": p.stride,
-             "repeat": p.outer}
-            for p in group.places
-        ],
-    }  # fmt: skip
+        "places": [_place(group, p) for p in group.places],
+    }
+
+
+def _place(group: Group, place: Place) -> dict[str, Any]:
+    """A place; ``units``, the unit of every position, is there only where offset, stride and repeat do not say it."""
+    found = {
+        "weight": place.value.name,
+        "axis": place.axis,
+        "role": place.role,
+        "offset": place.offset,
+        "stride": place.stride,
+        "repeat": place.outer,
+    }
+    units = place.units
+    regular = np.full(len(units), -1)
+    block = np.tile(np.repeat(np.arange(group.size), place.stride), place.outer)
+    if place.offset + len(block) <= len(units):
+        regular[place.offset : place.offset + len(block)] = block
+    return found if np.array_equal(units, regular) else found | {"units": units.tolist()}
 
 
 def dot(groups: Groups) -> str:

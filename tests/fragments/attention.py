@@ -353,7 +353,8 @@ def attention_on_feature_map(s: Any) -> str:
     fixed={"wk:1": "graph input|graph output|interface", "wq:1": "graph input|graph output|interface"},
 )
 def kv_cache(s: Any) -> str:
-    return f"""(float[N,S,{s.m}] x, float[N,{s.h},P,{s.d}] pk, float[N,{s.h},P,{s.e}] pv) => (float[N,S,{s.o}] y, float[N,{s.h},T,{s.d}] nk, float[N,{s.h},T,{s.e}] nv)
+    return f"""(float[N,S,{s.m}] x, float[N,{s.h},P,{s.d}] pk, float[N,{s.h},P,{s.e}] pv)
+        => (float[N,S,{s.o}] y, float[N,{s.h},T,{s.d}] nk, float[N,{s.h},T,{s.e}] nv)
         q0 = MatMul(x, wq)
         k0 = MatMul(x, wk)
         v0 = MatMul(x, wv)
@@ -408,7 +409,7 @@ def attention_operator_grouped(s: Any) -> str:
 def contrib_attention(s: Any) -> str:
     return f"""{TOKENS}
         o = com.microsoft.Attention<num_heads={s.h}, qkv_hidden_sizes=[{s.h * s.d},{s.h * s.d},{s.h * s.e}]{_scale(s)}>(x, w, b)
-        y = MatMul(o, wo)"""
+        y = MatMul(o, wo)"""  # noqa: E501
 
 
 @fragment("h=3 d=4 e=8", HEADS, "wq: 8 (h d); wk: 8 (h d); wv: 8 (h e); b: (h d + h d + h e); wo: (h e) 5")

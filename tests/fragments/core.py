@@ -2,8 +2,8 @@
 
 A fragment declares each weight's shape in named sizes, in the notation of axis trees: ``wqkv: (3 h d) m`` is a
 matrix whose first axis is the row-major product of 3, ``h`` and ``d``; ``w: (a + b) 5`` has an axis that joins two
-parts, ``~c`` runs backwards. The sizes listed in ``groups`` are those that may be cut: the places of a group are then exactly the axes
-in whose tree its name occurs. Everything else is fixed.
+parts, ``~c`` runs backwards. The sizes listed in ``groups`` are those that may be cut: the places of a group are
+then exactly the axes in whose tree its name occurs. Everything else is fixed.
 
 The claim is proved without graphc (``Fragment.check``): zero the unit everywhere, build the smaller graph from
 the same text with a smaller size, slice the weights by the declared trees, and compare both in ONNX Runtime.
@@ -272,7 +272,9 @@ _OPSETS = '["" : %d, "com.microsoft" : 1, "local" : 1]'
 
 def _model(text: str, arrays: Mapping[str, Array], opset: int) -> onnx.ModelProto:
     """Parse ``(inputs) => (outputs)`` and one node a line; ``[1, -1]`` and ``0.5`` as operands become constants."""
-    signature, _, body = text.strip().partition("\n")
+    header, arrow, rest = text.strip().partition("=>")
+    outputs, _, body = rest.partition("\n")
+    signature = header + arrow + outputs
     lines: list[str] = []
     count = itertools.count()
 

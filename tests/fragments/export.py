@@ -1,7 +1,8 @@
 """Writes ``tests/data/fragments/*.onnx``: small PyTorch modules as three exporters write them.
 
 Run it with PyTorch installed (``python tests/fragments/export.py``); the files are committed, tests only read them.
-``exported.json`` holds, for each module, the groups that must be found: kind, size, and whether zeros make the cut exact.
+``exported.json`` holds, for each module, the groups that must be found: kind, size, and whether zeros make the cut
+exact.
 """
 
 from __future__ import annotations

@@ -214,12 +214,12 @@ def dimension_from_shape(s: Any) -> str:
 @fragment("f=5 g=4", {"f": "neuron"}, "w1: 8 f; w2: f 5; w3: 8 g; b3: g; w4: g 5", fixed={"w3:1": "If|subgraph|body"})
 def if_holds_weights(s: Any) -> str:
     """The neurons outside the If are free; those within are fixed until bodies are analysed."""
-    return f"""(float[N,8] x, bool c) => (float[N,5] y)
+    return """(float[N,8] x, bool c) => (float[N,5] y)
         a = MatMul(x, w1)
         r = Relu(a)
         u = MatMul(r, w2)
-        v = If(c) <then_branch = t () => (float[N,5] p) {{ p0 = Gemm(x, w3, b3) p = MatMul(p0, w4) }}, else_branch = e () => (float[N,5] q) {{ q = Neg(u) }}>
-        y = Add(u, v)"""
+        v = If(c) <then_branch = t () => (float[N,5] p) { p0 = Gemm(x, w3, b3) p = MatMul(p0, w4) }, else_branch = e () => (float[N,5] q) { q = Neg(u) }>
+        y = Add(u, v)"""  # noqa: E501
 
 
 @fragment(
@@ -229,7 +229,7 @@ def loop_carries_value(s: Any) -> str:
     return f"""(float[N,8] x, int64 n, bool c) => (float[N,5] y)
         a = MatMul(x, w0)
         b = Loop(n, c, a) <body = l (int64 i, bool k, float[N,{s.f}] h) => (bool k2, float[N,{s.f}] h2) {{ k2 = Identity(k) h1 = MatMul(h, w) h2 = Tanh(h1) }}>
-        y = MatMul(b, w2)"""
+        y = MatMul(b, w2)"""  # noqa: E501
 
 
 @fragment(

@@ -62,7 +62,8 @@ def rnn_bidirectional_last(s: Any) -> str:
     fixed={"r:2": "graph input|graph output|interface"},
 )
 def lstm_with_state(s: Any) -> str:
-    return f"""(float[S,N,{s.m}] x, float[1,N,{s.h}] h0, float[1,N,{s.h}] c0) => (float[S,N,{s.o}] y, float[1,N,{s.h}] h1, float[1,N,{s.h}] c1)
+    return f"""(float[S,N,{s.m}] x, float[1,N,{s.h}] h0, float[1,N,{s.h}] c0)
+        => (float[S,N,{s.o}] y, float[1,N,{s.h}] h1, float[1,N,{s.h}] c1)
         a, h1, c1 = LSTM<hidden_size={s.h}>(x, w, r, b, , h0, c0)
         q = Squeeze(a, [1])
         y = MatMul(q, wo)"""

@@ -1,4 +1,4 @@
-"""Skips, branches and joins: residual and dense connections, shortcuts, pyramids, split and gated paths, shared weights."""
+"""Skips, branches and joins: residual and dense connections, shortcuts, pyramids, gated paths, shared weights."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def option_a_shortcut(s: Any) -> str:
     "a=3 b=4 c=5",
     {"a": "channel", "b": "channel", "c": "channel"},
     "w1: a 3 3 3; s1: a = positive; o1: a; m1: a; v1: a = positive; w2: b a 3 3; "
-    "s2: (a + b) = positive; o2: (a + b); m2: (a + b); v2: (a + b) = positive; w3: c (a + b) 1 1; w4: 5 (a + b + c) 1 1",
+    "s2: (a + b) = positive; o2: (a + b); m2: (a + b); v2: (a + b) = positive; w3: c (a + b) 1 1; w4: 5 (a + b + c) 1 1",  # noqa: E501
 )
 def dense_connections(s: Any) -> str:
     return f"""{IMAGE} => (float[N,5,8,8] y)
@@ -83,7 +83,7 @@ def dense_connections(s: Any) -> str:
 @fragment(
     "c=6 d=4",
     {"c": "channel", "d": "channel"},
-    "w0: c 3 3 3; w3: c c 3 3; b3: c; w1: c c 1 1; s: c = positive; o: c; m: c; v: c = positive; w2: d c 1 1; w4: 5 d 1 1",
+    "w0: c 3 3 3; w3: c c 3 3; b3: c; w1: c c 1 1; s: c = positive; o: c; m: c; v: c = positive; w2: d c 1 1; w4: 5 d 1 1",  # noqa: E501
 )
 def repvgg(s: Any) -> str:
     return f"""{IMAGE} => (float[N,5,8,8] y)
@@ -281,6 +281,6 @@ def two_parallel_branches(s: Any) -> str:
 
 @fragment("c=4", {}, "w0: 8 c; w1: c 5", fixed={"w0:1": "If|subgraph|body"})
 def if_reads_value(s: Any) -> str:
-    return f"""(float[N,8] x, bool f) => (float[N,5] y)
+    return """(float[N,8] x, bool f) => (float[N,5] y)
         a = MatMul(x, w0)
-        y = If(f) <then_branch = t () => (float[N,5] p) {{ p = MatMul(a, w1) }}, else_branch = e () => (float[N,5] q) {{ r = Relu(a) q = MatMul(r, w1) }}>"""
+        y = If(f) <then_branch = t () => (float[N,5] p) { p = MatMul(a, w1) }, else_branch = e () => (float[N,5] q) { r = Relu(a) q = MatMul(r, w1) }>"""  # noqa: E501
