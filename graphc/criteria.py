@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -28,11 +28,11 @@ class Criterion:
 
     Attributes:
         score: Scores of one group's units, float64, ``(size,)`` or ``(*blocks, size)``.
-        needs: What must have been collected before, given the model and its groups.
+        needs: What must have been collected before, given the model and its groups; None for nothing.
     """
 
     score: Callable[[Groups, Group, Context], Array]
-    needs: Callable[[ir.Model, Groups], Needs] = field(default=lambda model, groups: Needs())
+    needs: Callable[[ir.Model, Groups], Needs] | None = None
 
 
 def criterion(name: str) -> Criterion:

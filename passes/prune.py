@@ -85,9 +85,8 @@ class Prune(Pass):
             criterion(self.criterion)
 
     def needs(self, model: ir.Model) -> Needs:
-        if self.mask is not None or self.criterion == "scores":
-            return Needs()
-        return criterion(self.criterion).needs(model, analyse(model, interface=self.allow_interface))
+        wanted = None if self.mask is not None or self.criterion == "scores" else criterion(self.criterion).needs
+        return Needs() if wanted is None else wanted(model, analyse(model, interface=self.allow_interface))
 
     def levels(self, model: ir.Model) -> Sequence[Pass]:
         if self.mask is not None:

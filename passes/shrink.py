@@ -20,7 +20,7 @@ from graphc.known import ConstantFacets, Knowledge
 from graphc.sites import Sites
 
 ROUNDS = 64
-"""Each round removes units or branches; what they fed may be dead in the next. Deeper chains do not occur."""
+"""Each round removes units or branches; what only they read is dead in the next."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,14 @@ class Shrink(Pass):
                 continue
             sites = Sites(groups)
             dead = deadness.find(sites, known)
-            if not _fold(model, sites, dead, known, result) and not _cut(model, groups, dead, result, self.allow_interface):
+            if not _fold(model, sites, dead, known, result) and not _cut(model, groups, dead, result):
                 _refuse(groups, dead, result)
-                break
+                return result
+        result.refuse("shrink", f"stopped after {ROUNDS} rounds: run it again for what died in the last one")
         return result
 
 
-def _cut(model: ir.Model, groups: Groups, dead: Mapping[str, Dead], result: PassResult, interface: bool) -> bool:
+def _cut(model: ir.Model, groups: Groups, dead: Mapping[str, Dead], result: PassResult) -> bool:
     """Remove the units that contribute nothing."""
     keep: dict[str, Array] = {}
     waiting: set[str] = set()

@@ -17,7 +17,8 @@ import onnx_ir as ir
 from graphc import edit
 from graphc.axes.algebra import Axis, find, leaves
 from graphc.axes.apply import Application
-from graphc.axes.groups import NORMALISERS, Group, Groups
+from graphc.axes.collect import NORMALISERS
+from graphc.axes.groups import Group, Groups
 from graphc.axes.operands import Operands
 from graphc.axes.selection import Masks, Selection, problems
 from graphc.axes.size import Size, product

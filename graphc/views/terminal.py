@@ -45,7 +45,7 @@ def show_report(report: Document, *, why: bool = False, verbose: bool = False) -
     for warning in report["warnings"]:
         console.print(f"[yellow]note[/]      {escape(warning)}")
     if after.get("path"):
-        console.print(f"[bold]written[/]   {escape(after['path'])}")
+        console.print(f"[bold]written[/]   {escape(after['path'])}", soft_wrap=True)
     else:
         console.print("[bold]written[/]   nothing (dry run)")
 
