@@ -9,9 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphc import files
 from graphc.contract import Backend, Capabilities, Runnable, option
 from graphc.errors import BadInput
+from graphc.storage import files
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -35,7 +35,7 @@ class OnnxRuntime(Backend):
 
     def emit(self, model: ir.Model, folder: Path) -> Mapping[str, Any]:
         from graphc import model as models
-        from graphc.portable import portable
+        from graphc.storage.portable import portable
 
         models.save(portable(model, self.capabilities()), folder / MODEL)
         files.write(folder / "run.py", _RUN)
@@ -43,7 +43,7 @@ class OnnxRuntime(Backend):
 
     def emit_file(self, model: ir.Model, path: Path) -> None:
         from graphc import model as models
-        from graphc.portable import portable
+        from graphc.storage.portable import portable
 
         models.save(portable(model, self.capabilities()), path)
 

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphc import edit, files
+from graphc import edit
 from graphc.cache import file_hash
 from graphc.errors import BadInput
 from graphc.model import nbytes, parameters, remove_stale
+from graphc.storage import files
 
 if TYPE_CHECKING:
     import onnx_ir as ir

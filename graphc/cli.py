@@ -289,7 +289,7 @@ def _show_groups(a: Any) -> int:
         if destination == "-":
             print(picture, end="")
         else:
-            from graphc.files import write
+            from graphc.storage.files import write
 
             write(Path(destination), picture)
     elif a.json:

@@ -28,7 +28,7 @@ class Gate:
         kind: ``"drop"`` (a metric of the outputs), ``"size"`` (bytes on disk) or ``"latency"`` (seconds).
         limit: The largest value allowed.
         relative: Whether ``limit`` is a ratio to the input model (``0.5x``) rather than bytes or seconds.
-        metric: For a drop: the metric's name, see ``graphc.metrics``.
+        metric: For a drop: the metric's name, see ``graphc.checking.metrics``.
     """
 
     kind: Literal["drop", "size", "latency"]
@@ -45,7 +45,7 @@ class Gate:
     @staticmethod
     def drop(text: str) -> Gate:
         """``METRIC=VALUE``, e.g. ``error=0.01``, ``top1=0.02``, ``check.py:loss=0.1``."""
-        from graphc.metrics import metric
+        from graphc.checking.metrics import metric
 
         name, sign, value = text.rpartition("=")
         if not sign:
@@ -87,7 +87,8 @@ class Judge:
         seed: int,
         progress: Callable[[str, int, int], None],
     ) -> None:
-        from graphc import inputs, runtime
+        from graphc import runtime
+        from graphc.checking import inputs
 
         self._progress = progress
         session = self._session(reference)
@@ -123,7 +124,7 @@ class Judge:
         Raises:
             BadInput: The candidate does not run, or a metric cannot be computed from these outputs.
         """
-        from graphc.metrics import metric
+        from graphc.checking.metrics import metric
 
         found = self._outputs(self._session(candidate), "running the candidate")
         return {name: metric(name)(self._wanted, found, self._inputs) for name in dict.fromkeys(metrics)}

@@ -8,9 +8,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from graphc import inputs, runtime, timing
+from graphc import runtime
+from graphc.checking import inputs
 from graphc.contract import Arrays, Runnable, no_progress
 from graphc.errors import BadInput
+from graphc.runtime import timing
 
 if TYPE_CHECKING:
     import onnx_ir as ir

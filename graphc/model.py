@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import onnx_ir as ir
 
-from graphc import edit, files, wire
+from graphc import edit
 from graphc.errors import BadInput
+from graphc.storage import files, wire
 
 if TYPE_CHECKING:
     import onnx
@@ -46,8 +47,8 @@ def load(path: Path) -> ir.Model:
         BadInput: It is no file, no ONNX, truncated, its external data is missing or outside its folder, or
             its graph is not well-formed; the message says where and what to do.
     """
-    from graphc import wellformed
-    from graphc.container import read
+    from graphc.storage import wellformed
+    from graphc.storage.container import read
 
     proto = read(path).proto
     wellformed.check(proto, path)
@@ -255,7 +256,7 @@ def content_hash(model: ir.Model) -> str:
 
 def text(model: ir.Model) -> str:
     """A model as text to read and compare: small constants in full, large ones by their hash."""
-    from graphc.textform import lines
+    from graphc.storage.textform import lines
 
     return "\n".join(lines(model)) + "\n"
 

@@ -89,7 +89,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Write the document, or its HTML view if the path ends in ``.html``."""
-        from graphc.files import write
+        from graphc.storage.files import write
 
         if path.suffix == ".html":
             from graphc.views.html import page

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphc.axes.algebra import Axis, Kind, Unifier, concat, digits, find, leaves, prod, terms
-from graphc.axes.rules.movement import regroup, repetition
+from graphc.axes.rules.movement import regroup
+from graphc.axes.rules.parts import repetition
 from graphc.axes.selection import Selection
 from graphc.axes.size import Sym, divide, product, symbol
 

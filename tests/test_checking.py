@@ -429,7 +429,8 @@ def test_large_weights_are_not_held_in_memory(tmp_path: Path) -> None:
     code = f"""if True:
         import threading, time
         from pathlib import Path
-        from graphc import checking, timing
+        from graphc import checking
+        from graphc.runtime import timing
         peak = base = timing._status("RssAnon")
         def watch():
             global peak

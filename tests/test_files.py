@@ -17,9 +17,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from graphc import files
 from graphc import model as models
 from graphc.errors import BadInput
+from graphc.storage import files
 
 NO_TMPFILE = "file systems without unnamed files"
 
@@ -110,7 +110,7 @@ def test_a_limit_on_the_file_size(tmp_path) -> None:
     code = """
 import resource, sys
 from pathlib import Path
-from graphc import files
+from graphc.storage import files
 from graphc.errors import BadInput
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 try:

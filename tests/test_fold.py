@@ -12,8 +12,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from graphc import fold, runtime
-from graphc.kernels import DTYPES, KERNELS, CannotFold
+from graphc import runtime
+from graphc.shapes import fold
+from graphc.shapes.kernels import DTYPES, KERNELS, CannotFold
 
 VERSION = 21
 

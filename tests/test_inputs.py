@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphc import inputs, runtime
+from graphc import runtime
+from graphc.checking import inputs
+from graphc.checking.dims import evaluate, symbols_in
+from graphc.checking.inputs import Case, generate
+from graphc.checking.roles import role
 from graphc.contract import Arrays
-from graphc.dims import evaluate, symbols_in
 from graphc.errors import BadInput
-from graphc.inputs import Case, generate
-from graphc.roles import role
 
 DATA = Path(__file__).parent / "data"
 HEAD = '<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>'

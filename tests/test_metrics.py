@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from graphc.checking.metrics import METRICS, metric
 from graphc.errors import BadInput
-from graphc.metrics import METRICS, metric
 
 NOTHING: dict[str, np.ndarray] = {}
 
@@ -111,7 +111,7 @@ class TestUserFunctions:
         assert metric(f"{path}:gap")([case([1, 2])], [case([1, 5])], [NOTHING]) == 3
 
     def test_a_function_of_a_module(self) -> None:
-        assert callable(metric("graphc.metrics:error"))
+        assert callable(metric("graphc.checking.metrics:error"))
 
     @pytest.mark.parametrize(
         ("text", "function", "message"),

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphc import container, wire
 from graphc import model as models
 from graphc.errors import BadInput
+from graphc.storage import container, wire
 
 DATA = Path(__file__).parent / "data"
 REAL = ["fmnist_resnet.onnx", "fmnist_vit_tiny.onnx", "tiny_mixtral_bytes.onnx"]

@@ -9,8 +9,8 @@ import onnx_ir as ir
 import pytest
 
 from graphc import runtime
-from graphc.closeness import Closeness, NoiseMeter, guessed_noise
-from graphc.noise import GAIN, contraction_length, noisy, steps
+from graphc.checking.closeness import Closeness, NoiseMeter, guessed_noise
+from graphc.checking.noise import GAIN, contraction_length, noisy, steps
 
 pytest.importorskip("onnxruntime")
 

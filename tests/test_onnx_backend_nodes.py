@@ -17,13 +17,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from graphc import edit, fold, runtime
+from graphc import edit, runtime
 from graphc.contract import Capabilities, Context
 from graphc.errors import GraphcError
 from graphc.opset.adapters import Unconvertible
 from graphc.opset.upgrade import upgrade
 from graphc.passes.fuse import Fuse
 from graphc.passes.simplify import Simplify
+from graphc.shapes import fold
 
 OPSET = 21
 CONTEXT = Context(target=Capabilities("portable", 10, {"": OPSET}))

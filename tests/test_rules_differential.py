@@ -347,14 +347,16 @@ def hand_cases() -> Iterator[Case]:
     yield hand(f"{ms}MultiHeadAttention", "float32[2,3,4,3,8]", num_heads=4)
     yield hand(
         f"{ms}GroupQueryAttention",
-        "float32[1,3,64]; float32[1,3,32]; float32[1,3,32]; float32[1,2,6,16]; float32[1,2,6,16]; int32 = 2,; int32 = 3",
+        "float32[1,3,64]; float32[1,3,32]; float32[1,3,32]; float32[1,2,6,16]; float32[1,2,6,16]; "
+        "int32 = 2,; int32 = 3",
         outputs=3,
         num_heads=4,
         kv_num_heads=2,
     )
     yield hand(
         f"{ms}GroupQueryAttention",
-        "float32[1,3,64]; float32[1,3,32]; float32[1,3,32]; float32[1,2,6,16]; float32[1,2,6,16]; int32 = 2,; int32 = 3; float32[9,8]; float32[9,8]",
+        "float32[1,3,64]; float32[1,3,32]; float32[1,3,32]; float32[1,2,6,16]; float32[1,2,6,16]; "
+        "int32 = 2,; int32 = 3; float32[9,8]; float32[9,8]",
         outputs=3,
         num_heads=4,
         kv_num_heads=2,
@@ -367,11 +369,13 @@ def hand_cases() -> Iterator[Case]:
     )
     yield hand(
         "QLinearConv",
-        "uint8[1,4,5,5]; float32 = .1; uint8 = 0; int8[6,4,3,3]; float32 = .1,.2,.1,.2,.1,.2; int8 = 0,0,0,0,0,0; float32 = .5; uint8 = 0; int32[6]",
+        "uint8[1,4,5,5]; float32 = .1; uint8 = 0; int8[6,4,3,3]; float32 = .1,.2,.1,.2,.1,.2; "
+        "int8 = 0,0,0,0,0,0; float32 = .5; uint8 = 0; int32[6]",
     )
     yield hand(
         "QLinearMatMul",
-        "uint8[3,4]; float32 = .1; uint8 = 0; int8[4,5]; float32 = .1,.2,.1,.2,.1; int8 = 0,0,0,0,0; float32 = .5; uint8 = 0",
+        "uint8[3,4]; float32 = .1; uint8 = 0; int8[4,5]; float32 = .1,.2,.1,.2,.1; "
+        "int8 = 0,0,0,0,0; float32 = .5; uint8 = 0",
     )
     yield hand(
         f"{ms}QLinearAdd",

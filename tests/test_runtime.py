@@ -13,9 +13,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from graphc import edit, mapping, runtime
+from graphc import edit, runtime
 from graphc.contract import Runnable
 from graphc.errors import BadInput
+from graphc.runtime import mapping
 
 pytest.importorskip("onnxruntime")
 
@@ -272,14 +273,14 @@ def test_capabilities_are_true() -> None:
 
 
 def test_capabilities_asked_in_a_child_are_the_same() -> None:
-    from graphc.probe import ask
+    from graphc.runtime.probe import ask
 
     assert ask(isolated=True) == runtime.capabilities()
 
 
 def test_what_a_crash_leaves_unanswered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gpu wheel without CUDA crashes when it is asked for its kernels, the last question."""
-    from graphc import probe
+    from graphc.runtime import probe
 
     answered = subprocess.CompletedProcess([], -11, stdout='noise\n{"max_ir": 12}\n{"providers": ["A"]}\n')
     monkeypatch.setattr("subprocess.run", lambda *args, **kwargs: answered)

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphc import runtime, shapes, symbolic
-from graphc.shapes import Fact, Facts
-from graphc.symbolic import Dim, symbol
+from graphc import runtime, shapes
+from graphc.shapes import Fact, Facts, symbolic
+from graphc.shapes.symbolic import Dim, symbol
 
 DATA = Path(__file__).parent / "data"
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -96,6 +97,7 @@ class Trace:
         self.known: dict[ir.Value, symbolic.Known] = {}
         self._constants: dict[ir.Value, ir.DataType] = {}
         self._unknown: set[ir.Value] = set()
+        self._dims: dict[ir.Value, tuple[int, ...]] = {}
         self.facts: list[Fact] = []
         self.indexes: dict[ir.Value, Axis] = {}
         self.roots: dict[ir.Value, tuple[ir.Value, ...]] = {}
@@ -147,11 +149,11 @@ class Trace:
         if reader is not None and tensor is not None and self._is_shared(value, tensor):
             self.roots[value] = (value,)
             self.order.setdefault(value)
-            copy = tuple(Axis(int(d)) for d in tensor.shape.numpy())
+            copy = tuple(map(Axis, self.dims(value, tensor)))
             self.copies[value, reader] = copy
             return copy
         if tensor is not None:
-            made: Axes | None = tuple(Axis(int(d)) for d in tensor.shape.numpy())
+            made: Axes | None = tuple(map(Axis, self.dims(value, tensor)))
             self.roots[value] = (value,)
             self.order[value] = None
         elif value.is_initializer() and value.const_value is not None:
@@ -162,10 +164,19 @@ class Trace:
         self.axes[value] = made
         return made
 
-    @staticmethod
-    def _is_shared(value: ir.Value, tensor: ir.TensorProtocol) -> bool:
+    def dims(self, value: ir.Value, tensor: ir.TensorProtocol) -> tuple[int, ...]:
+        """The shape of a constant, asked of its tensor once."""
+        found = self._dims.get(value)
+        if found is None:
+            found = self._dims[value] = tuple(int(d) for d in tensor.shape.numpy())
+        return found
+
+    def _is_shared(self, value: ir.Value, tensor: ir.TensorProtocol) -> bool:
         """Whether a constant is cheaper copied than kept equal for all of its readers."""
-        if tensor.size > VECTOR or tensor.dtype in INTEGERS or sum(1 for d in tensor.shape.numpy() if d != 1) != 1:
+        if len(value.uses()) < 2:
+            return False
+        dims = self.dims(value, tensor)
+        if math.prod(dims) > VECTOR or tensor.dtype in INTEGERS or sum(1 for d in dims if d != 1) != 1:
             return False
         readers = {use.node for use in value.uses()}
         return len(readers) > 1 and not value.is_graph_output() and all(n.op_type not in PARTIAL for n in readers)
@@ -205,7 +216,8 @@ class Trace:
         if value in self._unknown:
             return None
         tensor = edit.tensor(value)
-        if tensor is None or tensor.size > symbolic.LIMIT or tensor.dtype == ir.DataType.STRING:
+        large = tensor is not None and math.prod(self.dims(value, tensor)) > symbolic.LIMIT
+        if tensor is None or large or tensor.dtype == ir.DataType.STRING:
             if tensor is not None:
                 self._unknown.add(value)
             return None
@@ -332,7 +344,7 @@ class Trace:
             axes = self.axes[value]
             return None if axes is None else [axis.size for axis in axes]
         if (tensor := edit.tensor(value)) is not None:
-            return tensor.shape.numpy()
+            return self.dims(value, tensor)
         axes = self.axes_of(value)
         return None if axes is None else [axis.size for axis in axes]
 

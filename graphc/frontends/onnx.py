@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from graphc import container, dtypes, edit, files, wellformed
+from graphc import edit
 from graphc.contract import PassResult
 from graphc.errors import BadInput
 from graphc.frontends import Source
@@ -18,6 +18,7 @@ from graphc.opset import WORKING
 from graphc.opset.adapters import BoundByCaller, Unconvertible
 from graphc.opset.lower import lower
 from graphc.opset.upgrade import OLDEST, upgrade
+from graphc.storage import container, dtypes, files, wellformed
 
 
 def load(path: Path) -> Source:

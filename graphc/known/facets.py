@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from graphc import symbolic
 from graphc.edit import Array
-from graphc.symbolic import Dim
+from graphc.shapes import symbolic
+from graphc.shapes.symbolic import Dim
 
 Facet = Array
 Facets = tuple[Facet, ...]

@@ -13,7 +13,7 @@ from graphc.axes.trace import Trace
 from graphc.edit import Array
 from graphc.known.facets import NOTHING, Facets, Shape, tidy
 from graphc.shapes import Fact, Facts
-from graphc.symbolic import Dim, symbol
+from graphc.shapes.symbolic import Dim, symbol
 
 JOINT = 1 << 18
 """Elements up to which a constant is one facet; of larger ones, each axis is looked at alone, for zeros."""

@@ -12,7 +12,7 @@ from graphc.edit import Array, attribute
 from graphc.known.facets import NOTHING, Facets, align, collapse, reshape, tidy
 from graphc.known.knowledge import Knowledge
 from graphc.known.registry import operand, rank_of, rule
-from graphc.tensor_rules import slice_parameters, sliced
+from graphc.shapes.tensor_rules import slice_parameters, sliced
 
 
 @rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")

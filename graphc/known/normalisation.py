@@ -13,7 +13,7 @@ from graphc.known.facets import NOTHING, Facets, align, collapse, elementwise, t
 from graphc.known.knowledge import Knowledge
 from graphc.known.products import unpadded
 from graphc.known.registry import operand, rank_of, rule
-from graphc.tensor_rules import axes_of
+from graphc.shapes.tensor_rules import axes_of
 
 
 @rule("BatchNormalization")

@@ -12,7 +12,7 @@ from graphc.known.elementwise import added
 from graphc.known.facets import NOTHING, Facets, collapse, contract, elementwise, tidy
 from graphc.known.knowledge import Knowledge
 from graphc.known.registry import operand, rule
-from graphc.symbolic import Dim
+from graphc.shapes.symbolic import Dim
 
 _BATCH = "abcdefgh"
 

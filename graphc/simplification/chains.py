@@ -11,9 +11,9 @@ import onnx_ir as ir
 from graphc import edit
 from graphc.edit import attribute, is_op
 from graphc.shapes import Shape
+from graphc.shapes.symbolic import positive
+from graphc.shapes.tensor_rules import axes_of, slice_parameters
 from graphc.simplification.rules import Become, Forward, Outcome, Refuse, Rules, kept_attributes
-from graphc.symbolic import positive
-from graphc.tensor_rules import axes_of, slice_parameters
 
 if TYPE_CHECKING:
     from graphc.simplification.sweep import Sweep

@@ -8,10 +8,10 @@ from collections.abc import Hashable
 import numpy as np
 import onnx_ir as ir
 
-from graphc import edit, fold
+from graphc import edit
 from graphc.edit import Array
-from graphc.kernels import CannotFold
-from graphc.shapes import Facts
+from graphc.shapes import Facts, fold
+from graphc.shapes.kernels import CannotFold
 
 LARGE = 16 << 20
 """Bytes from which a computed constant is not held in memory: it is a view, or computed when it is written."""

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from graphc import fold, symbolic
 from graphc.edit import Array, attribute
+from graphc.shapes import fold, symbolic
+from graphc.shapes.tensor_rules import axes_of, slice_parameters
 from graphc.simplification.rules import Forward, Outcome, Rules
-from graphc.tensor_rules import axes_of, slice_parameters
 
 if TYPE_CHECKING:
     from graphc.simplification.sweep import Sweep

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from graphc.shapes import Shape
+from graphc.shapes.symbolic import Dim
 from graphc.simplification.rules import Become, Outcome, Rules
-from graphc.symbolic import Dim
 
 if TYPE_CHECKING:
     from graphc.simplification.sweep import Sweep

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graphc import edit, fold
+from graphc import edit
 from graphc.contract import PassResult
-from graphc.kernels import CannotFold
-from graphc.shapes import INTEGERS, Fact, Facts
+from graphc.shapes import INTEGERS, Fact, Facts, fold
+from graphc.shapes.kernels import CannotFold
 from graphc.simplification.constants import Constants
 from graphc.simplification.inlining import inline_if, inline_loop
 from graphc.simplification.rules import Become, Forward, Refuse, Rules

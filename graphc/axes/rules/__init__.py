@@ -6,6 +6,7 @@ from graphc.axes.rules import (  # noqa: F401  (importing a theme registers its 
     elementwise,
     movement,
     normalisation,
+    parts,
     quantized,
     recurrent,
     reduction,

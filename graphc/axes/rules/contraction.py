@@ -1,8 +1,6 @@
 """Operators that sum over products: matrix products, convolutions, Einsum."""
 
-import itertools
-
-from graphc.axes.rules.registry import LETTERS, Line, NoRule, View, lines, rule
+from graphc.axes.rules.registry import Line, NoRule, View, lines, rule
 from graphc.axes.size import Size
 
 lines(
@@ -100,9 +98,3 @@ def deform_conv(n: View) -> Line:
     out = "(g o)" if offset_groups == 1 else "[o]"
     mask = ", !" if n.inputs > 4 else ""
     return Line(f"{x}, {w}, !, {out}{mask} -> n {out} [*y]", {"g": groups})
-
-
-def letters(count: int, start: int = 0) -> list[str]:
-    """Distinct axis names: a, b, ..., z, a1, b1, ..."""
-    names = (f"{c}{i or ''}" for i in itertools.count() for c in LETTERS)
-    return list(itertools.islice(names, start, start + count))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from graphc.axes.rules.contraction import matmul
-from graphc.axes.rules.movement import letters
-from graphc.axes.rules.registry import Line, NoRule, View, lines, rule, same
+from graphc.axes.rules.registry import Line, NoRule, View, letters, lines, rule, same
 from graphc.axes.size import divide
 
 lines(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,12 @@ from graphc.axes.algebra import Axis
 from graphc.axes.size import Size, Sym
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def letters(count: int, start: int = 0) -> list[str]:
+    """Distinct axis names: a, b, ..., z, a1, b1, ..."""
+    names = (f"{c}{i or ''}" for i in itertools.count() for c in LETTERS)
+    return list(itertools.islice(names, start, start + count))
 
 
 class NoRule(Exception):

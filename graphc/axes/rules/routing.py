@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from graphc.axes.rules.movement import letters
-from graphc.axes.rules.registry import Line, NoRule, View, lines, rule
+from graphc.axes.rules.registry import Line, NoRule, View, letters, lines, rule
 from graphc.axes.size import Sym
 
 lines(

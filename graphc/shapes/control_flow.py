@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from graphc.edit import attribute
 from graphc.shapes import Fact, Facts, merge, rule
-from graphc.symbolic import Dim
+from graphc.shapes.symbolic import Dim
 
 
 def body_facts(graph: ir.Graph, inputs: Sequence[Fact], facts: Facts) -> list[Fact]:

@@ -2,7 +2,7 @@
 
 The facts follow from the graph's inputs, its constants and the operators alone. Declared shapes of
 intermediate values are hints that exporters get wrong; they are never read. Sizes that depend on the input are
-:mod:`graphc.symbolic` polynomials in the input's named dims, and small integer tensors made of such sizes (what
+:mod:`graphc.shapes.symbolic` polynomials in the input's named dims, and small integer tensors made of such sizes (what
 ``Shape -> Gather -> Mul -> Concat`` computes) are followed element by element.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphc import edit
-from graphc.symbolic import RESERVED, UNNAMED, Dim, Expr, plain_name, symbol
+from graphc.shapes.symbolic import RESERVED, UNNAMED, Dim, Expr, plain_name, symbol
 
 Shape = tuple[Dim, ...]
 Items = tuple[Dim | None, ...]
@@ -145,7 +145,7 @@ class Facts:
 
         The bodies of control flow are visited with it.
         """
-        from graphc import shape_rules
+        from graphc.shapes import shape_rules
 
         facts = shape_rules.infer(node, [self(value) for value in node.inputs], self)
         for i, value in enumerate(node.outputs):

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graphc.complaints import CannotRun, explain
 from graphc.contract import Arrays, Capabilities, Runnable
 from graphc.errors import BadInput, nearest
-from graphc.mapping import constants_nbytes, mapped, serialised
-from graphc.timing import Memory, Timing, measure, peak_memory
+from graphc.runtime.complaints import CannotRun, explain
+from graphc.runtime.mapping import constants_nbytes, mapped, serialised
+from graphc.runtime.timing import Memory, Timing, measure, peak_memory
 
 __all__ = [
     "BIG",
@@ -99,7 +99,7 @@ def capabilities() -> Capabilities:
         BadInput: ONNX Runtime is missing.
     """
     require()
-    from graphc.probe import ask
+    from graphc.runtime.probe import ask
 
     return ask(isolated="onnxruntime-gpu" in installed())
 
@@ -183,7 +183,7 @@ def session(
 ) -> Session:
     """Load a model in a fresh session.
 
-    Large constants of a model in memory are not copied, see :mod:`graphc.mapping`.
+    Large constants of a model in memory are not copied, see :mod:`graphc.runtime.mapping`.
 
     Args:
         model: An ONNX file, or a model in memory.

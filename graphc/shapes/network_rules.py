@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graphc import symbolic, tensor_rules
 from graphc.edit import attribute
-from graphc.shapes import UNKNOWN, Fact, Facts, Shape, rule
-from graphc.symbolic import Dim
+from graphc.shapes import UNKNOWN, Fact, Facts, Shape, rule, symbolic, tensor_rules
+from graphc.shapes.symbolic import Dim
 
 Facts_ = Sequence[Fact]
 

@@ -138,7 +138,7 @@ def peak_memory(
         feeds = Path(folder, "inputs.npz")
         np.savez(feeds, **{f"a{i}": array for i, array in enumerate(inputs.values())})  # type: ignore[arg-type]
         job = json.dumps([str(model), str(feeds), list(inputs), settings])
-        code = "import sys; from graphc.timing import child; child(sys.argv[1])"
+        code = "import sys; from graphc.runtime.timing import child; child(sys.argv[1])"
         done = subprocess.run([sys.executable, "-c", code, job], capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from graphc.inputs import Input
+    from graphc.checking.inputs import Input
 
 Sizes = dict[str, int]
 """A size for every symbol."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graphc import edit, symbolic
+from graphc import edit
 from graphc.edit import attribute
 from graphc.shapes import (
     INTEGERS,
@@ -25,9 +25,10 @@ from graphc.shapes import (
     Shape,
     items_array,
     rule,
+    symbolic,
     with_items,
 )
-from graphc.symbolic import Dim
+from graphc.shapes.symbolic import Dim
 
 Facts_ = Sequence[Fact]
 

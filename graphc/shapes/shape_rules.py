@@ -11,9 +11,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from graphc import control_flow, edit, network_rules, size_rules, tensor_rules
-from graphc.shapes import RULES, UNKNOWN, Fact, Facts, Shape
-from graphc.symbolic import Dim, Unrepresentable
+from graphc import edit
+from graphc.shapes import RULES, UNKNOWN, Fact, Facts, Shape, control_flow, network_rules, size_rules, tensor_rules
+from graphc.shapes.symbolic import Dim, Unrepresentable
 
 Facts_ = Sequence[Fact]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import onnx
 from onnx import shape_inference
 
-from graphc import wire
 from graphc.errors import BadInput
-from graphc.wellformed import all_nodes
+from graphc.storage import wire
+from graphc.storage.wellformed import all_nodes
 
 _SHAPES = 1 << 13
 """Bytes from which a constant is left out of shape inference: it holds no shape."""

@@ -2,11 +2,12 @@
 
 Both run on the same inputs, the reference with the runtime's own optimisation off. Integers, booleans, strings,
 shapes, dtypes and the places of NaN and infinity must be equal. Floats may differ by a small multiple of the
-reference's own rounding noise, which :mod:`graphc.noise` measures: errors of the size that one rounding (or one
-accumulation of K products) makes are inserted behind every operator, and the spread of the outputs is the noise.
-It knows dtype, accumulation length, depth and conditioning, so that the tolerance is tight for every model.
-:mod:`graphc.closeness` compares with it, and :mod:`graphc.taps` looks behind outputs that saturate. Where the inserted
-errors flip a discrete decision of the reference (an arg max, a routing), an element cannot be compared and is left out.
+reference's own rounding noise, which :mod:`graphc.checking.noise` measures: errors of the size that one rounding
+(or one accumulation of K products) makes are inserted behind every operator, and the spread of the outputs is the
+noise. It knows dtype, accumulation length, depth and conditioning, so that the tolerance is tight for every model.
+:mod:`graphc.checking.closeness` compares with it, and :mod:`graphc.checking.taps` looks behind outputs that saturate.
+Where the inserted errors flip a discrete decision of the reference (an arg max, a routing), an element cannot be
+compared and is left out.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graphc import inputs, runtime
 from graphc import model as models
-from graphc.closeness import (
+from graphc import runtime
+from graphc.checking import inputs
+from graphc.checking.closeness import (
     SLICE_VALUES,
     Closeness,
     NoiseMeter,
@@ -35,12 +37,12 @@ from graphc.closeness import (
     is_float,
     relative,
 )
+from graphc.checking.inputs import Case
+from graphc.checking.interface import difference
+from graphc.checking.noise import GAIN, noisy, steps
+from graphc.checking.taps import Tapped, tapped
 from graphc.contract import Arrays, Runnable, no_progress
 from graphc.errors import BadInput
-from graphc.inputs import Case
-from graphc.interface import difference
-from graphc.noise import GAIN, noisy, steps
-from graphc.taps import Tapped, tapped
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -106,7 +108,7 @@ class _Expected:
     Attributes:
         case: The inputs.
         outputs: The reference's outputs.
-        noise: How far rounding moves them, see ``graphc.closeness.NoiseMeter``.
+        noise: How far rounding moves them, see ``graphc.checking.closeness.NoiseMeter``.
         optimised: For float outputs, how far the runtime's optimiser moves them; filled when asked for.
     """
 

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from graphc import edit
 from graphc.edit import Array, subgraphs
-from graphc.kernels import DTYPES, KERNELS, CannotFold, Inputs
+from graphc.shapes.kernels import DTYPES, KERNELS, CannotFold, Inputs
 
 RANDOM = frozenset(
     {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graphc.noise import EPS, GAIN
+from graphc.checking.noise import EPS, GAIN
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

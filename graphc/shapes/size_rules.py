@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graphc import symbolic
 from graphc.edit import attribute
 from graphc.shapes import (
     INTEGERS,
@@ -26,10 +25,11 @@ from graphc.shapes import (
     items_array,
     number,
     rule,
+    symbolic,
     with_items,
 )
-from graphc.symbolic import Dim
-from graphc.tensor_rules import axes_of, broadcast_shapes, dims_from
+from graphc.shapes.symbolic import Dim
+from graphc.shapes.tensor_rules import axes_of, broadcast_shapes, dims_from
 
 Facts_ = Sequence[Fact]
 

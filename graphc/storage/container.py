@@ -15,8 +15,8 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from graphc import wire
 from graphc.errors import BadInput
+from graphc.storage import wire
 
 _MAPPED_FROM = 1 << 24
 """Bytes of an ONNX file from which its large tensors stay in it; smaller files are read whole."""

@@ -37,7 +37,7 @@ def ask(*, isolated: bool) -> Capabilities:
 
 
 def _in_child() -> dict[str, Any]:
-    code = "from graphc import probe; probe.answer()"
+    code = "from graphc.runtime import probe; probe.answer()"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     found: dict[str, Any] = {}
     for line in child.stdout.splitlines():

@@ -13,8 +13,8 @@ from typing import Any
 
 import onnx
 
-from graphc.container import describe
 from graphc.errors import BadInput, nearest
+from graphc.storage.container import describe
 
 _STANDARD = ("", "ai.onnx")
 

@@ -21,7 +21,7 @@ from typing import Any
 import onnx_ir as ir
 
 from graphc import edit, shapes
-from graphc.roles import role
+from graphc.checking.roles import role
 
 GAIN = 8.0
 """How much stronger than rounding the inserted errors are: enough to stand out of the rounding of the run itself,

@@ -15,7 +15,7 @@ from typing import Any
 import onnx_ir as ir
 
 from graphc import edit
-from graphc.complaints import CannotRun
+from graphc.runtime.complaints import CannotRun
 
 INLINE = 4096
 """Bytes up to which a constant stays in the protobuf."""

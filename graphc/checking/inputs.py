@@ -2,7 +2,7 @@
 
 Useful inputs need more than a dtype and a shape: token ids must lie in their table, masks must hold 0 and 1 and leave
 no row empty, a sample rate must be one that the model knows, symbolic dimensions must agree between inputs. What an
-input is for is found in the graph, see :mod:`graphc.roles`; which sizes run, by trying.
+input is for is found in the graph, see :mod:`graphc.checking.roles`; which sizes run, by trying.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from graphc.checking.dims import Sizes, Symbols, evaluate
+from graphc.checking.roles import Role, role
 from graphc.contract import Arrays
-from graphc.dims import Sizes, Symbols, evaluate
 from graphc.errors import BadInput
-from graphc.roles import Role, role
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

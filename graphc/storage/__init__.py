@@ -1,0 +1,1 @@
+"""Models on disk: reading, writing, checking and converting ONNX files."""
