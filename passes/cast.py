@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from graphc import precision, shapes
 from graphc.contract import Context, Effect, Pass, PassResult, option
-from graphc.precision import Decision, Retyper
+from graphc.rewrites.precision import Decision, Retyper
 
 SENSITIVE = ("*Normalization", "*Softmax", "Reduce*", "CumSum", "Pow", "Exp", "Softplus")
 """Operators that sum or grow many numbers, where a short type loses most."""

@@ -8,12 +8,12 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from graphc import deadness
 from graphc.axes import cut
 from graphc.axes.groups import analyse
 from graphc.contract import Context, Effect, Pass, PassResult, option
 from graphc.known import Knowledge
-from graphc.sites import Sites
+from graphc.pruning import deadness
+from graphc.pruning.sites import Sites
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from graphc import allocation, masks
-from graphc.allocation import Keep, Limits
 from graphc.axes import cut
 from graphc.axes.groups import Group, Groups, analyse
 from graphc.contract import Context, Effect, Needs, Pass, PassResult, option
-from graphc.criteria import criterion
 from graphc.edit import Array
 from graphc.errors import BadInput, nearest
+from graphc.pruning import allocation, masks
+from graphc.pruning.allocation import Keep, Limits
+from graphc.pruning.criteria import criterion
 
 KINDS = ("channel", "head", "neuron")
 """What is pruned unless ``kinds`` says otherwise: width and experts are rarely safe to lose without healing."""

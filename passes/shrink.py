@@ -9,15 +9,16 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from graphc import branches, deadness, edit, folding
+from graphc import edit
 from graphc.axes import cut
 from graphc.axes.groups import Groups, analyse
 from graphc.contract import Context, Effect, Pass, PassResult, option
-from graphc.deadness import Dead
 from graphc.edit import Array
-from graphc.folding import Fold
 from graphc.known import ConstantFacets, Knowledge
-from graphc.sites import Sites
+from graphc.pruning import branches, deadness, folding
+from graphc.pruning.deadness import Dead
+from graphc.pruning.folding import Fold
+from graphc.pruning.sites import Sites
 
 ROUNDS = 64
 """Each round removes units or branches; what only they read is dead in the next."""

@@ -15,11 +15,11 @@ import onnx_ir as ir
 
 from graphc.axes.groups import Group
 from graphc.edit import Array
-from graphc.folding import Fold
 from graphc.known import Knowledge
-from graphc.silence import Mask, either, is_product
-from graphc.silence import silent as silent_at
-from graphc.sites import Site, Sites
+from graphc.pruning.folding import Fold
+from graphc.pruning.silence import Mask, either, is_product
+from graphc.pruning.silence import silent as silent_at
+from graphc.pruning.sites import Site, Sites
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from graphc.axes.groups import Group
 from graphc.edit import Array, attribute
 from graphc.known import Facets, Knowledge, collapse
 from graphc.known.products import unpadded
-from graphc.silence import Mask
-from graphc.sites import Sites
+from graphc.pruning.silence import Mask
+from graphc.pruning.sites import Sites
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from graphc.edit import Array, attribute
 from graphc.known import Knowledge
 from graphc.known.choice import bottom
 from graphc.known.products import matmul_letters
-from graphc.sites import RECURRENT, Site
+from graphc.pruning.sites import RECURRENT, Site
 
 Mask = Array
 """Booleans, broadcastable to a value's shape with the same rank: an axis of length 1 speaks for all its indices."""

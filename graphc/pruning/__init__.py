@@ -1,0 +1,1 @@
+"""What ``prune`` and ``shrink`` decide with: scores, budgets, masks, dead units."""
