@@ -101,6 +101,8 @@ class Prune(Pass):
             keep = masks.keep(masks.read(self.mask), groups, where=str(self.mask))
         else:
             chosen = self._chosen(groups, result)
+            if not self.ratio:
+                result.refuse("", "the ratio is 0: nothing was asked for")
             keep = self._allocated(model, groups, chosen, ctx, result) if self.ratio else {}
         if problems := cut.check(groups, keep):
             raise BadInput("the mask cannot be applied", where="prune", why="; ".join(problems[:3]))
