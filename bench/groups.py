@@ -11,6 +11,7 @@ until it has listed its groups as well; graphc's time covers both. Results go to
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -35,6 +36,8 @@ TIMEOUT = 300
 def synthetic(rounds: int) -> dict[str, Any]:
     """The 32-layer Llama, without data."""
     model = llama.llama_7b()
+    gc.collect()
+    gc.freeze()
     times = []
     for _ in range(rounds):
         start = time.process_time()

@@ -317,8 +317,6 @@ class Application:
             if size is None or isinstance(size, tuple):
                 size = hint if hint is not None else self.trace.fresh(out.name or "")
             known = self.names[term.name] = Axis(size)
-            if not term.fixed:
-                self.trace.replicas.append((known, self.node))
         self.held.append((out, term.name, known))
         if term.pick:
             known = self._picked(known, self.line.picks[term.pick].tolist(), out)

@@ -85,7 +85,6 @@ class Trace:
         bound: By node: how its rule was applied; nodes that were not understood are absent.
         sequences: By value: the axes of each tensor of a sequence.
         whole: Tensors that some node needs as they are (shapes, lengths, scalars), and that node.
-        replicas: Axes that were made by repeating (Expand, Tile, Pad, ConstantOfShape).
     """
 
     def __init__(self, model: ir.Model, *, interface: bool = False) -> None:
@@ -109,7 +108,6 @@ class Trace:
         self.bound: dict[ir.Node, Application] = {}
         self.sequences: dict[ir.Value, list[Axes]] = {}
         self.whole: dict[ir.Value, ir.Node] = {}
-        self.replicas: list[tuple[Axis, ir.Node]] = []
         self._consumed: list[ir.Value] = []
         self._fresh = 0
         self._run()
