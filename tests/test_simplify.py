@@ -734,3 +734,17 @@ def test_a_cast_to_text_shows_what_was_cast() -> None:
     after = model.clone()
     Simplify().run(after, CONTEXT)
     assert operators(after) == ["Cast", "Cast"]
+
+
+def test_a_cast_to_the_dtype_of_a_value_is_a_cast_where_that_dtype_is_known() -> None:
+    model = read("g (int64[N] x, float[M] y) => (int64[K] r, float[N] z) <float zero = {0.0}, float one = {1.0}> {"
+                 "s = Size (x) a = CastLike (zero, s) b = CastLike (one, s) r = Range (a, s, b) z = CastLike (x, y) }")  # fmt: skip
+    after, _ = check(model, {"N": 3, "M": 2, "K": 3}, {"N": 1, "M": 1, "K": 1})
+    assert operators(after) == ["Size", "Range", "Cast"]
+
+
+def test_a_cast_to_the_dtype_of_a_value_that_is_not_known_stays() -> None:
+    header = '<ir_version: 10, opset_import: ["" : 21, "my" : 1]>'
+    model = read("g (float[N] x) => (float[N] y) { s = my.Op (x) a = CastLike (x, s) y = my.Op (a) }", header)
+    Simplify().run(model, CONTEXT)
+    assert "CastLike" in operators(model)

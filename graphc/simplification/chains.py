@@ -224,6 +224,15 @@ def preserves(source: ir.DataType, to: ir.DataType) -> bool:
     return to in _WIDER_FLOATS.get(source, ())
 
 
+@RULES.add("CastLike")
+def _known_dtype(node: ir.Node, sweep: Sweep) -> Outcome:
+    like = node.inputs[1]
+    dtype = None if like is None else sweep.facts(like).dtype
+    if dtype is None:
+        return None
+    return Become([node.inputs[0]], kept_attributes(node, to=int(dtype)), "CastLike made a Cast", "Cast")
+
+
 @RULES.add("Cast")
 def _casts(node: ir.Node, sweep: Sweep) -> Outcome:
     before = _producer(node, "Cast")
