@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+import graphc
 from graphc import catalogue, registry
+from graphc.views.groups import svg
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -15,6 +17,12 @@ DOCS = Path(__file__).parent.parent / "docs"
 def test_generated_documentation_is_fresh(section: str) -> None:
     written = (DOCS / f"{section}.md").read_text(encoding="utf-8")
     assert written == catalogue.markdown(section), "run: python -m graphc.catalogue docs"
+
+
+def test_the_picture_of_the_groups_is_fresh() -> None:
+    groups = graphc.groups(DOCS.parent / "tests/data/fmnist_vit_tiny.onnx")
+    hint = "run: graphc inspect tests/data/fmnist_vit_tiny.onnx --svg docs/groups.svg"
+    assert (DOCS / "groups.svg").read_text(encoding="utf-8") == svg(groups), hint
 
 
 @pytest.mark.parametrize("kind", ["passes", "backends"])

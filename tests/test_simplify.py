@@ -737,8 +737,10 @@ def test_a_cast_to_text_shows_what_was_cast() -> None:
 
 
 def test_a_cast_to_the_dtype_of_a_value_is_a_cast_where_that_dtype_is_known() -> None:
-    model = read("g (int64[N] x, float[M] y) => (int64[K] r, float[N] z) <float zero = {0.0}, float one = {1.0}> {"
-                 "s = Size (x) a = CastLike (zero, s) b = CastLike (one, s) r = Range (a, s, b) z = CastLike (x, y) }")  # fmt: skip
+    model = read(
+        """g (int64[N] x, float[M] y) => (int64[K] r, float[N] z) <float zero = {0.0}, float one = {1.0}> {
+            s = Size (x) a = CastLike (zero, s) b = CastLike (one, s) r = Range (a, s, b) z = CastLike (x, y) }"""
+    )
     after, _ = check(model, {"N": 3, "M": 2, "K": 3}, {"N": 1, "M": 1, "K": 1})
     assert operators(after) == ["Size", "Range", "Cast"]
 
