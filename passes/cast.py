@@ -10,8 +10,9 @@ from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
-from graphc import precision, shapes
+from graphc import shapes
 from graphc.contract import Context, Effect, Pass, PassResult, option
+from graphc.rewrites import precision
 from graphc.rewrites.precision import Decision, Retyper
 
 SENSITIVE = ("*Normalization", "*Softmax", "Reduce*", "CumSum", "Pow", "Exp", "Softplus")
