@@ -64,6 +64,7 @@ def measure(entry: catalog.Entry, tools: dict[str, str], rounds: int, seconds: f
     """
     original = cache.model(entry.name)
     large = harness.size(original) > harness.LARGE
+    load = round(os.getloadavg()[0], 1)
     usages: dict[str, list[process.Usage]] = {tool: [] for tool in tools}
     with tempfile.TemporaryDirectory(dir=cache.root()) as scratch:
         order = list(tools)
@@ -87,6 +88,8 @@ def measure(entry: catalog.Entry, tools: dict[str, str], rounds: int, seconds: f
         "source": entry.source,
         "measured": datetime.now(UTC).strftime("%Y-%m-%d"),
         "rounds": 1 if large else rounds,
+        "seconds": seconds,
+        "load": load,
         "input": harness.check(entry.name, original, original, seconds),
         "tools": results,
     }
@@ -120,11 +123,10 @@ def main() -> None:
     results: dict[str, Any] = {
         "schema": 1,
         "machine": process.machine(),
-        "load": round(os.getloadavg()[0], 1),
         "python": sys.version.split()[0],
         "versions": versions,
     }
-    results |= {"rounds": arguments.rounds, "seconds": arguments.seconds, "models": []}
+    results["models"] = []
     if arguments.names and arguments.out.exists():
         before = json.loads(arguments.out.read_text())
         results["models"] = before["models"]

@@ -74,6 +74,7 @@ def measure(name: str, pythons: dict[str, str], seconds: float) -> dict[str, Any
     """Every variant on one model, whose file exists."""
     original = cache.model(name)
     large = harness.size(original) > harness.LARGE
+    load = round(os.getloadavg()[0], 1)
     runs = {(0.0, "exact"): (pythons["graphc"], _recipe(""))}
     for ratio in RATIOS:
         for variant, run in commands(name, ratio, pythons).items():
@@ -91,7 +92,13 @@ def measure(name: str, pythons: dict[str, str], seconds: float) -> dict[str, Any
             results.append(result)
             for file in out.parent.iterdir():
                 file.unlink()
-    return {"name": name, "measured": datetime.now(UTC).strftime("%Y-%m-%d"), "results": results}
+    return {
+        "name": name,
+        "measured": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "seconds": seconds,
+        "load": load,
+        "results": results,
+    }
 
 
 def _judge(name: str, original: Path, candidate: Path, seconds: float) -> dict[str, Any]:
@@ -121,10 +128,8 @@ def main() -> None:
     results: dict[str, Any] = {
         "schema": 1,
         "machine": process.machine(),
-        "load": round(os.getloadavg()[0], 1),
         "python": sys.version.split()[0],
         "versions": versions | {"onnxruntime": harness.version(sys.executable, "onnxruntime")},
-        "seconds": arguments.seconds,
         "models": [],
     }
     if arguments.names and arguments.out.exists():

@@ -57,13 +57,13 @@ COMPILE_PAGE = f"""\
 # Compile benchmark
 
 Written by `bench/tables.py` from `compile.json`; do not edit. Made by
-`python bench/compile.py --peers PYTHON --rounds {{rounds}} --seconds {{seconds:g}}`.
-{{machine}}, load average {{load}} at the start; Python {{python}}; {{versions}}.
+`python bench/compile.py --peers PYTHON`; the last table has the settings of each model.
+{{machine}}; Python {{python}}; {{versions}}.{{note}}
 
 Every tool runs as a whole fresh process; within a model the tools take turns. Times are medians, memory is
 the peak over all runs. `{GRAPHC}` compares its result with its input, as a user's run does; `{UNVERIFIED}`
-does not, like the peers. A dash means that the tool failed or left a model that does not run; the last table
-says which.
+does not, like the peers. A dash means that the tool failed or left a model that does not run; the table of
+outputs says which.
 
 ## Floors and goals
 
@@ -104,6 +104,10 @@ Against the input with the runtime's optimisation off, on inputs of several size
 relative to the largest magnitude.
 
 {{outputs}}
+
+## How each was measured
+
+{{settings}}
 """
 
 
@@ -120,7 +124,9 @@ def compile_page(results: Row) -> str:
         return table(["model", *(["input"] if with_input else []), *tools], rows)
 
     return COMPILE_PAGE.format(
-        **{key: results[key] for key in ("rounds", "seconds", "machine", "load", "python")},
+        **{key: results[key] for key in ("machine", "python")},
+        note=note(results),
+        settings=settings(models),
         versions=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
         judgements=table(("what", "floor", "goal", "measured"), judgements(results)),
         wall=metric(lambda r: f"{r['wall_s']:.2f}"),
@@ -235,8 +241,8 @@ SHRINK_PAGE = """\
 # Pruning benchmark
 
 Written by `bench/tables.py` from `shrink.json`; do not edit. Made by
-`python bench/shrink.py --peers PYTHON --torch PYTHON --seconds {seconds:g}`.
-{machine}, load average {load} at the start; Python {python}; {versions}.
+`python bench/shrink.py --peers PYTHON --torch PYTHON`; the last table has the settings of each model.
+{machine}; Python {python}; {versions}.{note}
 
 One shot, no healing: the given ratio of units goes from every channel, neuron and attention-head group that the tool
 finds, smallest L2 norm first. Everything is relative to the input. `exact` is graphc's recipe without pruning: what is
@@ -247,7 +253,23 @@ how good the model still is. graphc's numbers include its own check that cutting
 {rows}
 
 Peak anonymous memory of pruning and shrinking the 2.4 GB model: {anon}.
+
+## How each was measured
+
+{settings}
 """
+
+
+def settings(models: list[Row]) -> str:
+    """When and how each model was measured; a result file may hold several runs."""
+    header = ["model", "day", "runs of each tool", "seconds per latency", "load average at the start"]
+    keys = ("measured", "rounds", "seconds", "load")
+    return table(header, ([m["name"], *("-" if m.get(key) is None else m[key] for key in keys)] for m in models))
+
+
+def note(results: Row) -> str:
+    """What else a reader must know about these numbers; empty if nothing."""
+    return f" {results['note']}" if results.get("note") else ""
 
 
 def shrink_page(results: Row) -> str:
@@ -267,7 +289,9 @@ def shrink_page(results: Row) -> str:
             error = "-" if each["rms"] is None else f"{each['rms']:.2g}"
             rows.append([model["name"], each["ratio"] or "", each["variant"], *shown, error])
     return SHRINK_PAGE.format(
-        **{key: results[key] for key in ("seconds", "machine", "load", "python")},
+        **{key: results[key] for key in ("machine", "python")},
+        note=note(results),
+        settings=settings(results["models"]),
         versions=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
         rows=table(["model", "ratio", "tool", "parameters", "FLOPs", "file", "latency", "error"], rows),
         anon=anon,
