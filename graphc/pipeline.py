@@ -207,6 +207,8 @@ class _Work:
 
     def try_out(self, report: Report, emitted: Path) -> None:
         """Try out what was emitted; see ``graphc.trial``."""
+        if not (self.settings.verify or self.settings.measure or self.settings.gates):
+            return
         from graphc import trial
 
         model = report.model
