@@ -179,13 +179,15 @@ def judgements(results: Row) -> Iterator[tuple[str, ...]]:
         shown = "not measured" if value is None else f"{value:g} {unit}"
         yield what, *(f"{bound:g} {unit}: {_met(value, bound)}" for bound in (floor, goal)), shown
 
-    slower = _exceeding(models, "onnxslim", 1), _exceeding(models, "onnxsim", 2)
-    yield (
-        "time without verification (CPU, which other load disturbs least)",
-        f"onnxslim's: {_none(slower[0])}",
-        f"2x onnxsim's: {_none(slower[1])}",
-        "; ".join(slower[0] + slower[1]) or "within both everywhere",
-    )
+    # Both: the floor speaks of the whole process, and CPU time is what other load on the machine disturbs least.
+    for key, what in (("wall_s", "wall time"), ("cpu_s", "CPU time")):
+        slower = _exceeding(models, "onnxslim", 1, key), _exceeding(models, "onnxsim", 2, key)
+        yield (
+            f"{what} without verification",
+            f"onnxslim's: {_none(slower[0])}",
+            f"2x onnxsim's: {_none(slower[1])}",
+            "; ".join(slower[0] + slower[1]) or "within both everywhere",
+        )
     more = [text for model in models if (text := _more_nodes(model))]
     yield (
         "nodes",
@@ -213,13 +215,13 @@ def _none(found: list[str]) -> str:
     return f"**missed on {len(found)}**" if found else "met"
 
 
-def _exceeding(models: list[Row], peer: str, factor: float) -> list[str]:
+def _exceeding(models: list[Row], peer: str, factor: float, key: str) -> list[str]:
     """Models on which graphc without verification takes longer than ``factor`` times what a peer takes."""
     found = []
     for model in models:
         ours, theirs = model["tools"].get(UNVERIFIED), model["tools"].get(peer)
-        if ours and theirs and not theirs["failure"] and ours["cpu_s"] > factor * theirs["cpu_s"]:
-            found.append(f"{model['name']} {ours['cpu_s'] / theirs['cpu_s']:.1f}x {peer}")
+        if ours and theirs and not theirs["failure"] and ours[key] > factor * theirs[key]:
+            found.append(f"{model['name']} {ours[key] / theirs[key]:.2f}x {peer}")
     return found
 
 
@@ -248,7 +250,8 @@ One shot, no healing: the given ratio of units goes from every channel, neuron a
 finds, smallest L2 norm first. Everything is relative to the input. `exact` is graphc's recipe without pruning: what is
 below it comes from cutting. Latency is that of ONNX Runtime on one thread, its own optimisation on. Error is the root
 mean square of the outputs' difference by that of the outputs, on random inputs: it says how much was taken away, not
-how good the model still is. graphc's numbers include its own check that cutting changed nothing but the zeros.
+how good the model still is. Near or above 1, as in most rows, nothing useful is left without retraining: these rows
+compare size and speed, not quality. graphc's numbers include its own check that cutting changed nothing but the zeros.
 
 {rows}
 

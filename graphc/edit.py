@@ -156,6 +156,25 @@ class Names:
         return name
 
 
+def rename_duplicate_nodes(model: ir.Model) -> int:
+    """Give nodes whose name another node of the model has a name of their own; returns how many."""
+    taken = {node.name for node in nodes(model)}
+    seen: set[str | None] = set()
+    renamed = 0
+    for node in nodes(model):
+        if not node.name or node.name not in seen:
+            seen.add(node.name)
+            continue
+        number = 1
+        while f"{node.name}_{number}" in taken:
+            number += 1
+        node.name = f"{node.name}_{number}"
+        taken.add(node.name)
+        seen.add(node.name)
+        renamed += 1
+    return renamed
+
+
 def initializer(graph: ir.Graph, data: Array | ir.TensorProtocol, name: str) -> ir.Value:
     """Add a constant to the graph under ``name``, which must be free; a tensor is kept as it is, unread."""
     held = ir.tensor(np.asarray(data, order="C"), name=name) if isinstance(data, np.ndarray) else data

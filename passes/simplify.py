@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from graphc import shapes
+from graphc import edit, shapes
 from graphc.contract import Context, Effect, Pass, PassResult, option
 from graphc.simplification import chains, constants, dead, inlining, noops, recurrent, scopes, sizes
 from graphc.simplification.sweep import Sweep
@@ -66,6 +66,8 @@ class Simplify(Pass):
         if ctx.checkable:
             result.change("duplicate initializer merged", constants.share(model))
         shapes.annotate(model, sweep.facts)
+        # Bodies that took the place of their node may have brought names that were taken outside.
+        edit.rename_duplicate_nodes(model)
         for node, reason in sweep.refusals:
             result.refuse(node, reason)
         return result

@@ -750,3 +750,15 @@ def test_a_cast_to_the_dtype_of_a_value_that_is_not_known_stays() -> None:
     model = read("g (float[N] x) => (float[N] y) { s = my.Op (x) a = CastLike (x, s) y = my.Op (a) }", header)
     Simplify().run(model, CONTEXT)
     assert "CastLike" in operators(model)
+
+
+def test_inlined_bodies_bring_no_node_names_twice() -> None:
+    model = read("""g (float[N] x) => (float[N] y) <bool yes = {1}> {
+        a = Add (x, x)
+        y = If (yes) < then_branch = t () => (float[N] t0) { t1 = Add (a, x) t0 = Mul (t1, x) },
+                       else_branch = e () => (float[N] e0) { e0 = Add (a, a) } > }""")
+    for node in edit.nodes(model):
+        node.name = f"node_{node.op_type}"
+    after, _ = check(model, {"N": 3})
+    names = [node.name for node in edit.nodes(after)]
+    assert len(names) == len(set(names)) == 3

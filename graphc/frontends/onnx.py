@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,18 +78,7 @@ def locate(path: Path) -> Path:
 
 def _repair(model: ir.Model, result: PassResult) -> None:
     """What does not change what the model says: node names become unique, constants are no inputs, a lower opset."""
-    seen: Counter[str] = Counter(node.name for node in edit.nodes(model) if node.name)
-    taken, renamed = set(seen), 0
-    for node in edit.nodes(model):
-        if node.name and seen[node.name] > 1:
-            seen[node.name] -= 1
-            number = seen[node.name]
-            while f"{node.name}_{number}" in taken:
-                number += 1
-            node.name = f"{node.name}_{number}"
-            taken.add(node.name)
-            renamed += 1
-    result.change("node renamed: its name was taken", renamed)
+    result.change("node renamed: its name was taken", edit.rename_duplicate_nodes(model))
     if model.ir_version < 4:
         # Before IR version 4 every initializer had to be listed as an input.
         inputs = model.graph.inputs
