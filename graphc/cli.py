@@ -242,7 +242,7 @@ def _run_optimize(a: Any) -> int:
             progress=progress,
             report_file=a.report,
             depfile=a.depfile,
-            inputs=[Path(p) for p in (a.recipe, a.mask) if p and Path(p).is_file()],
+            inputs=[Path(p) for p in (a.recipe,) if p and Path(p).is_file()],
         )
     if a.json:
         _print_json(report.to_json())

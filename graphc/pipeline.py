@@ -16,6 +16,7 @@ from graphc.recipe import DEFAULT, Recipe, parse_backend
 from graphc.report import PassReport, Report
 from graphc.runner import Done, Runner, Step
 from graphc.settings import Settings
+from graphc.storage.files import check_destination
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -139,6 +140,8 @@ def run(
     """
     from graphc import artifact, frontends
 
+    for written in filter(None, (report_file, depfile)):
+        check_destination(written)
     if output is not None:
         artifact.check_output(source if isinstance(source, Path) else source.path, output)
     progress("loading", 0, 0)
@@ -173,7 +176,7 @@ def run(
     if later:
         state = {"recipe": Recipe(later).text(), "done": done.to_json()}
         done.model.metadata_props[RESUME] = json.dumps(state, sort_keys=True)
-    files = [*loaded.files, *inputs, *([settings.data] if settings.data else [])]
+    files = [*loaded.files, *inputs, *recipe.files(), *([settings.data] if settings.data else [])]
     artifact.place(report, output, settings, work.try_out)
     if depfile is not None and output is not None and not settings.dry_run:
         artifact.write_depfile(depfile, output, files)
@@ -267,7 +270,10 @@ class _Work:
         store = cache.Store()
         if not self.settings.cache or nbytes(self.loaded.model) > store.limit // 8:
             return None, ""
-        hashed = [*self.loaded.files, *self._data_files()]
+        named = Recipe(tuple(passes)).files()
+        if not all(path.is_file() for path in named):
+            return None, ""
+        hashed = [*self.loaded.files, *self._data_files(), *named]
         return store, cache.key(
             files=[cache.file_hash(path) for path in hashed],
             recipe=Recipe(tuple(passes)).text(),

@@ -98,6 +98,11 @@ class Recipe:
             ),
         )
 
+    def files(self) -> list[Path]:
+        """The files that options of passes name (masks, scores): what they hold decides on the result, too."""
+        values = (getattr(each, f.name) for each in self.passes for f in dataclasses.fields(each))
+        return [value for value in values if isinstance(value, Path)]
+
     def text(self) -> str:
         """The recipe as text; ``Recipe.parse(r.text()) == r`` up to the description."""
         return ",".join(p.spec() for p in self.passes)

@@ -146,6 +146,8 @@ def test_doctor_says_what_runs_here() -> None:
         (["optimize", str(RESNET), "--data", "none.npz"], "none.npz"),
         (["optimize", str(RESNET), "-o", str(RESNET)], "the output is the input"),
         (["optimize", str(RESNET), "-o", "no/such/folder/o.onnx"], "folder"),
+        (["optimize", str(RESNET), "-o", "o.onnx", "--report", "no/r.json"], "no/r.json"),
+        (["optimize", str(RESNET), "-o", "o.onnx", "--depfile", "no/o.d"], "no/o.d"),
         (["optimize", str(RESNET), "--stop-after", "prune"], "no pass 'prune'"),
         (["list", "simplyfi"], "did you mean 'simplify'?"),
         (["verify", str(RESNET), "missing.onnx"], "missing.onnx"),
@@ -181,3 +183,18 @@ def test_help_is_instant_and_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     modules = set(done.stdout.rsplit("\n", 2)[-2].split())
     assert not modules & {"numpy", "onnx", "onnx_ir", "onnxruntime", "rich", "torch", "networkx"}
+
+
+def test_a_mask_is_a_dependency_of_the_output_and_of_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.numpy import save_file
+
+    monkeypatch.setenv("GRAPHC_CACHE_DIR", str(tmp_path / "cache"))
+    mask, out, dep = tmp_path / "mask.safetensors", tmp_path / "o.onnx", tmp_path / "o.d"
+    kept = []
+    for dead in (8, 16):
+        save_file({"layers.0.c1.weight:0": np.arange(32) >= dead}, mask)
+        arguments = ["-p", f'prune{{mask="{mask}"}},shrink', "--depfile", str(dep), "--no-measure", "-q"]
+        assert main(["optimize", str(RESNET), "-o", str(out), *arguments]) == 0
+        kept.append(load(out).graph.initializers["layers.0.c1.weight"].const_value.shape[0])
+    assert kept == [24, 16]
+    assert str(mask) in dep.read_text()
