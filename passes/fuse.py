@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 from graphc import edit
 from graphc.contract import Context, Effect, Pass, PassResult, option
-from graphc.rewrites import absorb, chains, clip, elementwise, gemm, layernorm, pad
+from graphc.recognition import norms
+from graphc.rewrites import absorb, chains, clip, elementwise, gemm, pad
 from graphc.rewrites.base import Refused, Rewriter, Rule
 
 RuleName = Literal[
@@ -33,7 +34,7 @@ RuleName = Literal[
 ]
 
 STAGES: tuple[tuple[Rule, ...], ...] = (
-    (*elementwise.RULES, *layernorm.RULES),
+    (*elementwise.RULES, norms.LAYER_NORM),
     (*pad.RULES, *absorb.RULES),
     (*chains.RULES, *gemm.RULES, *clip.RULES),
 )

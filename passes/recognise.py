@@ -1,0 +1,102 @@
+"""The pass ``recognise``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import onnx_ir as ir
+
+from graphc import edit
+from graphc.contract import Context, Effect, Pass, PassResult, option
+from graphc.opset.adapters import Unconvertible
+from graphc.opset.upgrade import upgrade
+from graphc.recognition import norms
+from graphc.recognition.graph import Graph
+from graphc.rewrites import elementwise
+from graphc.rewrites.base import Refused, Rule
+
+RuleName = Literal["elementwise", "layer-norm", "rms-norm"]
+
+STAGES: tuple[tuple[Rule, ...], ...] = ((*elementwise.RULES, norms.LAYER_NORM, norms.RMS_NORM),)
+"""All rules. A stage is finished before the next one begins: attention looks through rotary embeddings."""
+
+OPERATORS: dict[str, str] = {"rms-norm": "RMSNormalization"}
+"""What a rule writes, where not every runtime has it."""
+
+_NEWEST = 23
+"""The opset that has the operators; the output keeps an older one where none of them was found."""
+
+
+@dataclass(frozen=True)
+class Recognise(Pass):
+    """Find operators that the exporter took apart, and write them as the standard operators they are.
+
+    Only operators that the target has kernels for are written, and only where every value can be shown to be the
+    same; what came near is refused with the first condition that failed. Rules, as ``only`` and ``skip`` name them:
+
+    - ``elementwise``: Gelu, HardSwish, HardSigmoid and Mish.
+    - ``layer-norm``: LayerNormalization.
+    - ``rms-norm``: RMSNormalization (opset 23).
+    """
+
+    effect: ClassVar[Effect] = Effect.EXACT
+
+    only: tuple[RuleName, ...] = option((), "Apply these rules alone.")
+    skip: tuple[RuleName, ...] = option((), "Do not apply these rules.")
+
+    def run(self, model: ir.Model, ctx: Context) -> PassResult:
+        """Raise the opset where the target allows it, then apply all rules once, stage by stage."""
+        result = PassResult()
+        names = [name for stage in STAGES for rule in stage for name in rule.names]
+        enabled = frozenset(n for n in names if (not self.only or n in self.only) and n not in self.skip)
+        why = _raise_opset(model, ctx)
+        if why:
+            result.refuse(model.graph.name or "the graph", why)
+        graph = Graph(model, enabled, ctx.target)
+        for name, operator in OPERATORS.items():
+            if name in enabled and graph.version >= _NEWEST and not graph.runs(operator, _NEWEST):
+                result.refuse(model.graph.name or "the graph", f"{ctx.target.name} has no kernel for {operator}")
+                enabled -= {name}
+        for stage in STAGES:
+            rules: dict[str, list[Rule]] = {}
+            for rule in stage:
+                if not enabled.isdisjoint(rule.names):
+                    for operator in rule.operators:
+                        rules.setdefault(operator, []).append(rule)
+            _apply(model, graph, rules, result)
+        return result
+
+
+def _raise_opset(model: ir.Model, ctx: Context) -> str:
+    """Bring the model to the opset that has the operators; why not, if it stays at a lower one."""
+    now = model.opset_imports.get("", 1)
+    highest = ctx.target.max_opset.get("", now)
+    if now >= _NEWEST:
+        return ""
+    if highest < _NEWEST:
+        return f"{ctx.target.name} loads opsets up to {highest}; the operators are of opset {_NEWEST}"
+    try:
+        upgrade(model.clone(), _NEWEST)
+    except Unconvertible as error:
+        return f"the model cannot be brought to opset {_NEWEST}: {error.reason}"
+    upgrade(model, _NEWEST)
+    return ""
+
+
+def _apply(model: ir.Model, graph: Graph, rules: Mapping[str, Sequence[Rule]], result: PassResult) -> None:
+    for node in list(edit.nodes(model)):
+        for rule in rules.get(node.op_type, ()) if not node.domain else ():
+            if node.graph is None:
+                break
+            try:
+                done = rule.apply(node, graph)
+            except Refused as refusal:
+                result.refuse(refusal.node or node, refusal.reason)
+                continue
+            except edit.BoundByCaller:
+                result.refuse(node, "an attribute is given by the caller of the function")
+                continue
+            if done is not None:
+                result.change(done)
