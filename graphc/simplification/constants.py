@@ -19,6 +19,9 @@ _RELAYOUT = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Tra
 """Operators whose result is the same weight in another form, and keeps its name."""
 _LAZY = frozenset({"Add", "Concat", "Mul", "Neg", "Sqrt", "Sub", "Tile", "Where"})
 """Operators that are certain to succeed on constants of fitting shapes, so that they can be left for later."""
+AXES = "graphc.axes"
+"""Metadata key of a weight that is stored in another layout than its source has it: for each of its axes, the axis that
+it was there (``"1 0"`` for a transposed matrix); ``"?"`` where it was reshaped."""
 _FEW_BYTES = 16 << 10
 """Bytes up to which it does not matter that a constant is stored in two forms."""
 _SAMPLE = 4096
@@ -207,6 +210,25 @@ class Constants:
         if heir_tensor is not None:
             heir_tensor.name = weight
         made.name = weight
+        made.metadata_props.update(heir.metadata_props)
+        layout = _layout(node, heir)
+        if layout:
+            made.metadata_props[AXES] = layout
+        else:
+            made.metadata_props.pop(AXES, None)
+
+
+def _layout(node: ir.Node, weight: ir.Value) -> str:
+    """``AXES`` of what a node makes of a weight; empty where the axes are those of the source."""
+    before = weight.metadata_props.get(AXES)
+    rank = len(weight.shape) if weight.shape is not None else 0
+    if node.op_type in ("Cast", "Identity"):
+        return before or ""
+    if node.op_type != "Transpose" or before == "?":
+        return "?"
+    axes = before.split() if before else [str(axis) for axis in range(rank)]
+    moved = [axes[axis] for axis in edit.attribute(node, "perm", tuple(reversed(range(rank))))]
+    return "" if moved == [str(axis) for axis in range(rank)] else " ".join(moved)
 
 
 def _nbytes(facts: Facts, value: ir.Value) -> int | None:
