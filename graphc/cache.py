@@ -52,8 +52,14 @@ class Store:
             os.utime(entry)
         return entry
 
-    def put(self, name: str, fill: Callable[[Path], None]) -> None:
-        """Add an entry that ``fill`` writes into the folder it is given; on a full disk there is just no entry."""
+    def put(self, name: str, fill: Callable[[Path], None], *, replace: bool = False) -> None:
+        """Add an entry that ``fill`` writes into the folder it is given; on a full disk there is just no entry.
+
+        Args:
+            name: Of the entry.
+            fill: Writes its files.
+            replace: Whether an entry that is there already goes; otherwise it stays.
+        """
         entry = self.folder / name[:2] / name
         try:
             entry.parent.mkdir(parents=True, exist_ok=True)
@@ -62,12 +68,18 @@ class Store:
             return
         try:
             fill(staged)
+            if replace:
+                shutil.rmtree(entry, ignore_errors=True)
             staged.rename(entry)
         except OSError:
             pass
         finally:
             shutil.rmtree(staged, ignore_errors=True)
         self._trim()
+
+    def drop(self, name: str) -> None:
+        """Take an entry out, if it is there."""
+        shutil.rmtree(self.folder / name[:2] / name, ignore_errors=True)
 
     def _trim(self) -> None:
         entries = []

@@ -115,6 +115,9 @@ def _optimize(commands: Any) -> None:
         "--data", type=Path, metavar="PATH", help="inputs to check and measure on (.npz, folder of .npy)"
     )
     check.add_argument(
+        "--calibrate", type=Path, metavar="PATH", help="inputs to collect statistics on (the same forms; --data)"
+    )
+    check.add_argument(
         "--max-drop",
         action="append",
         default=[],
@@ -215,6 +218,7 @@ def _settings(a: Any) -> Settings:
         recipe_given=bool(a.passes is not None or a.recipe or a.preset),
         target=parse_backend(a.target),
         data=a.data,
+        calibrate=a.calibrate,
         gates=tuple(gates),
         seed=a.seed,
         strict=a.strict,

@@ -10,7 +10,7 @@ import abc
 import dataclasses
 import enum
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,6 +20,8 @@ from graphc.errors import BadInput
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
+
+    from graphc.stats import Request, Statistics
 
 Arrays = Mapping[str, "np.ndarray[Any, Any]"]
 """Tensors by input or output name."""
@@ -100,13 +102,13 @@ class Needs:
     """What a pass wants the runner to have collected before it runs.
 
     Attributes:
-        statistics: ``(kind, value name)`` pairs, e.g. ``("gram", "h.3.mlp.act")``.
-        gradients: Whether gradients of the loss by every initializer are wanted.
+        statistics: Requests of ``graphc.stats``, e.g. ``GramOf("h.3.mlp.act")`` or ``GradientsOf("h.3.mlp.w")``.
+        calibration: Whether samples are wanted: to probe losses on, or to collect more while the pass runs.
         timings: Whether the timing table of the target is wanted.
     """
 
-    statistics: frozenset[tuple[str, str]] = frozenset()
-    gradients: bool = False
+    statistics: frozenset[Request[Any]] = frozenset()
+    calibration: bool = False
     timings: bool = False
 
 
@@ -138,6 +140,17 @@ def no_progress(what: str, done: int, total: int) -> None:
     """The progress callback that shows nothing."""
 
 
+def _no_statistics() -> Statistics:
+    from graphc.stats import Statistics
+
+    return Statistics()
+
+
+def no_collector(model: ir.Model, requests: Iterable[Request[Any]]) -> Statistics:
+    """The collector of a context that was made without one."""
+    raise BadInput("there is no calibration data", hint="give some with --calibrate")
+
+
 @dataclass(frozen=True)
 class Context:
     """What the runner gives a pass: everything from outside the model that it may look at.
@@ -146,8 +159,12 @@ class Context:
         target: What the target can run.
         seed: The seed of everything random in the pass.
         checkable: Whether the model can be run here, and hence the result be checked.
-        statistics: What ``Pass.needs`` asked for, by ``(kind, value name)``.
-        data: Samples given by the user, each a mapping from input name to array; empty if none.
+        statistics: What ``Pass.needs`` asked for, by request.
+        collect: ``collect(model, requests)`` collects more while the pass runs, of any model: of its own half changed
+            one, say, where later layers are to see what earlier ones have become.
+        data: Samples to check on given by the user, each a mapping from input name to array; empty if none.
+        calibration: Samples that statistics and losses are taken from: the user's, or some made to fit.
+        labels: What the outputs should be for them, one array a sample; empty if unknown.
         timings: Measured seconds by operator signature, if asked for.
         progress: ``progress(what, done, total)``; call it in loops that may exceed a second.
     """
@@ -155,8 +172,11 @@ class Context:
     target: Capabilities
     seed: int = 0
     checkable: bool = True
-    statistics: Mapping[tuple[str, str], Any] = field(default_factory=dict)
+    statistics: Statistics = field(default_factory=_no_statistics)
+    collect: Callable[[ir.Model, Iterable[Request[Any]]], Statistics] = no_collector
     data: Sequence[Arrays] = ()
+    calibration: Sequence[Arrays] = ()
+    labels: Sequence[np.ndarray[Any, Any]] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
     progress: Callable[[str, int, int], None] = no_progress
 

@@ -28,7 +28,12 @@ SLOWEST = 3.0
 
 
 def sample(model: ir.Model, seed: int = 0) -> Arrays:
-    """Inputs with which a model runs.
+    """The most ordinary of :func:`samples`."""
+    return samples(model, seed)[0]
+
+
+def samples(model: ir.Model, seed: int = 0) -> list[Arrays]:
+    """Inputs with which a model runs, made to fit its interface.
 
     Raises:
         BadInput: None could be made; the message says why.
@@ -51,7 +56,7 @@ def sample(model: ir.Model, seed: int = 0) -> Arrays:
         session.close()
     if not cases:
         raise BadInput("no inputs were found with which the model runs", why=complaint, hint="give some with --data")
-    return cases[0].arrays
+    return [case.arrays for case in cases]
 
 
 def against(original: ir.Model, output: Runnable, arrays: Arrays) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ from graphc.storage.files import check_destination
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from graphc.calibration import Calibration
     from graphc.checking import Checker, Comparison
     from graphc.frontends import Source
 
@@ -37,6 +38,7 @@ def optimize(
     recipe: Recipe | str | Sequence[Pass] | None = None,
     target: Backend | str = "onnxruntime",
     data: str | Path | None = None,
+    calibrate: str | Path | None = None,
     max_drop: Mapping[str, float] | None = None,
     max_size: str | None = None,
     max_latency: str | None = None,
@@ -51,6 +53,7 @@ def optimize(
         recipe: A recipe, its text, a list of passes, or None for every exact portable pass.
         target: A backend or its text.
         data: Inputs to check and measure on, see ``graphc.data``.
+        calibrate: Inputs to collect statistics on; ``data`` if not given.
         max_drop: Metric name to the largest value that lossy passes may cost, e.g. ``{"error": 0.01}``.
         max_size: Limit of the output, e.g. ``"10MB"`` or ``"0.5x"``.
         max_latency: Limit of the latency, e.g. ``"5ms"`` or ``"0.8x"``.
@@ -76,6 +79,7 @@ def optimize(
             recipe_given=recipe is not None,
             target=parse_backend(target) if isinstance(target, str) else target,
             data=None if data is None else Path(data),
+            calibrate=None if calibrate is None else Path(calibrate),
             gates=tuple(gates),
             **settings,
         ),
@@ -176,7 +180,7 @@ def run(
     if later:
         state = {"recipe": Recipe(later).text(), "done": done.to_json()}
         done.model.metadata_props[RESUME] = json.dumps(state, sort_keys=True)
-    files = [*loaded.files, *inputs, *recipe.files(), *([settings.data] if settings.data else [])]
+    files = [*loaded.files, *inputs, *recipe.files(), *filter(None, (settings.data, settings.calibrate))]
     artifact.place(report, output, settings, work.try_out)
     if depfile is not None and output is not None and not settings.dry_run:
         artifact.write_depfile(depfile, output, files)
@@ -207,6 +211,13 @@ class _Work:
     def judge(self) -> Judge:
         """Measures lossy passes against the model as it came."""
         return Judge(self.loaded.original, self.samples, self.settings.seed, self.progress)
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """What collects the statistics that passes ask for."""
+        from graphc.calibration import Calibration
+
+        return Calibration.of(self.loaded.model, self.settings, self.samples, self.progress)
 
     def try_out(self, report: Report, emitted: Path) -> None:
         """Try out what was emitted; see ``graphc.trial``."""
@@ -248,6 +259,7 @@ class _Work:
             judge=lambda: self.judge,
             gates=settings.gates,
             context=context,
+            calibration=lambda: self.calibration,
             unchecked=settings.unchecked or not settings.verify,
         )
         runner.run(passes, load=None if done else self._load)
@@ -273,7 +285,7 @@ class _Work:
         named = Recipe(tuple(passes)).files()
         if not all(path.is_file() for path in named):
             return None, ""
-        hashed = [*self.loaded.files, *self._data_files(), *named]
+        hashed = [*self.loaded.files, *_files(self.settings.data), *_files(self.settings.calibrate), *named]
         return store, cache.key(
             files=[cache.file_hash(path) for path in hashed],
             recipe=Recipe(tuple(passes)).text(),
@@ -285,16 +297,18 @@ class _Work:
                 sorted(context.target.kernels),
             ],
             gates=[str(gate) for gate in self.settings.gates],
+            data=[len(_files(self.settings.data)), len(_files(self.settings.calibrate))],
             settings=[self.settings.seed, self.settings.verify, self.settings.unchecked],
             versions=environment.versions(),
             code=cache.code_hash(),
         )
 
-    def _data_files(self) -> list[Path]:
-        path = self.settings.data
-        if path is None:
-            return []
-        return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+def _files(path: Path | None) -> list[Path]:
+    """The files of data."""
+    if path is None:
+        return []
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 
 
 def _remember(folder: Path, done: Done) -> None:

@@ -21,6 +21,7 @@ from graphc.report import PassReport
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from graphc.calibration import Calibration
     from graphc.checking import Checker, Comparison
 
 
@@ -76,6 +77,7 @@ class Runner:
         gates: The limits that lossy passes must hold.
         context: What passes are given.
         unchecked: Whether all passes may run although nothing can be checked.
+        calibration: Makes what collects the statistics that passes ask for; called when the first one asks.
         last: The checker that found ``done.model`` right, if one did.
     """
 
@@ -85,6 +87,7 @@ class Runner:
     gates: Sequence[Gate]
     context: Context
     unchecked: bool = False
+    calibration: Callable[[], Calibration] | None = None
     last: Checker | None = None
 
     def run(self, passes: Sequence[Pass], load: Do | None = None) -> None:
@@ -149,7 +152,7 @@ class Runner:
         start = time.perf_counter()
         clone = model.clone()
         try:
-            result = each.run(clone, self.context)
+            result = each.run(clone, self._informed(each, clone))
         except GraphcError:
             raise
         except Exception as error:  # a defect of the pass must not cost the user the rest of the run
@@ -159,6 +162,23 @@ class Runner:
         report.changes, report.refusals = result.changes, result.refusals
         report.seconds = time.perf_counter() - start
         return Step(report, clone if result.changed else model)
+
+    def _informed(self, each: Pass, model: ir.Model) -> Context:
+        """The context of a pass, with the statistics that it needs."""
+        wanted = each.needs(model)
+        if not (wanted.statistics or wanted.calibration) or self.calibration is None:
+            return self.context
+        calibration = self.calibration()
+        for note in calibration.notes:
+            if note not in self.done.warnings:
+                self.done.warnings.append(note)
+        return dataclasses.replace(
+            self.context,
+            statistics=calibration.collect(model, wanted.statistics),
+            collect=calibration.collect,
+            calibration=calibration.samples,
+            labels=calibration.labels,
+        )
 
     def _loaded(self, load: Do, original: ir.Model) -> Step:
         """What the frontend made of the model, or the model as it came where that could not be checked."""

@@ -18,6 +18,7 @@ class Settings:
     target: Backend
     recipe_given: bool = True
     data: Path | None = None
+    calibrate: Path | None = None
     gates: tuple[Gate, ...] = ()
     seed: int = 0
     strict: bool = False

@@ -183,8 +183,8 @@ def _log_softmax(scores: Array) -> Array:
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
 
 
-def _tokens(outputs: Mapping[str, Array], inputs: Arrays) -> tuple[str, Array, Array]:
-    """The name of the logits, the tokens, and which of the positions but the last count."""
+def language(outputs: Mapping[str, Array], inputs: Arrays) -> tuple[str, Array, Array] | None:
+    """The name of the logits, the tokens, and which of the positions but the last count; None for other models."""
     ids = {n: a for n, a in inputs.items() if a.ndim == 2 and a.dtype.kind in "iu"}
     tokens = ids.get("input_ids", next(iter(ids.values()), None))
     if tokens is not None:
@@ -194,6 +194,13 @@ def _tokens(outputs: Mapping[str, Array], inputs: Arrays) -> tuple[str, Array, A
                 if mask.shape != tokens.shape:
                     mask = np.ones_like(tokens)
                 return name, tokens, (mask[:, 1:] * mask[:, :-1]) > 0
+    return None
+
+
+def _tokens(outputs: Mapping[str, Array], inputs: Arrays) -> tuple[str, Array, Array]:
+    found = language(outputs, inputs)
+    if found is not None:
+        return found
     raise BadInput(
         "metric 'perplexity' needs a language model",
         why="there is no pair of integer inputs [batch, length] and outputs [batch, length, vocabulary]",

@@ -1,0 +1,209 @@
+"""Contractions with a constant weight, in one form: rows of channels times a matrix.
+
+MatMul with the weight on either side, Gemm, convolutions, stacks of weights and weights that a router picks all compute
+``y = x WT`` for rows ``x``; whoever compresses the weight or learns about its input need not know which one it is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from graphc import edit
+from graphc.edit import Array, attribute
+from graphc.stats import GradientGramOf, GramOf, MomentsOf, Rows, Window
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """A node that contracts an activation with a constant weight.
+
+    Attributes:
+        node: The node.
+        activation: What is read as rows.
+        weight: The constant.
+        rows: How the rows are read from the activation.
+        order: The axes of the weight as (groups..., outputs..., channels..., kernel...).
+        parts: How many axes of ``order`` are groups, outputs, channels and kernel elements.
+        scale: What the product is multiplied with (Gemm's alpha).
+        grouped: The number of groups that the axis of the outputs falls into (grouped convolution).
+    """
+
+    node: ir.Node
+    activation: ir.Value
+    weight: ir.Value
+    rows: Rows
+    order: tuple[int, ...]
+    parts: tuple[int, int, int, int]
+    scale: float = 1.0
+    grouped: int = 1
+    shape: tuple[int, ...] = field(default=(), repr=False)
+
+    @property
+    def axis(self) -> int:
+        """The axis of the weight that is contracted."""
+        return self.order[self.parts[0] + self.parts[1]]
+
+    @property
+    def moments(self) -> MomentsOf:
+        """The request for moments of the channels; without the kernel's elements."""
+        return MomentsOf(self._name, Rows(**{**vars(self.rows), "window": None}))
+
+    @property
+    def gram(self) -> GramOf:
+        """The request for the Gram matrix of the rows."""
+        return GramOf(self._name, self.rows)
+
+    @property
+    def output_gradients(self) -> GradientGramOf:
+        """The request for the Gram matrix of the loss's gradient by the output's channels."""
+        return GradientGramOf(self.node.outputs[0].name or "", Rows(**{**vars(self.rows), "window": None}))
+
+    @property
+    def _name(self) -> str:
+        return self.activation.name or ""
+
+    @property
+    def window(self) -> int:
+        """Kernel elements of each channel."""
+        return math.prod(self.shape[a] for a in self.order[sum(self.parts[:3]) :])
+
+    def matrices(self, weight: Array) -> Array:
+        """The weight as ``(groups, outputs, channels * kernel elements)``, in the dtype it has."""
+        sizes = self._sizes()
+        if self.grouped > 1:
+            weight = weight.reshape(self.grouped, -1, *weight.shape[1:])
+            return weight.reshape(sizes)
+        return np.transpose(weight, self.order).reshape(sizes)
+
+    def restored(self, matrices: Array) -> Array:
+        """What :meth:`matrices` gave, in the weight's own shape."""
+        if self.grouped > 1:
+            return matrices.reshape(self.shape)
+        ordered = matrices.reshape([self.shape[a] for a in self.order])
+        return np.ascontiguousarray(np.transpose(ordered, np.argsort(self.order)))
+
+    def columns(self, marked: Array) -> Array:
+        """Marks of every element of the weight's contracted axis as marks of the matrices' columns."""
+        return np.repeat(marked, self.window)
+
+    def _sizes(self) -> tuple[int, int, int]:
+        ends = np.cumsum(self.parts)
+        sizes = [self.shape[a] for a in self.order]
+        groups, outputs = math.prod(sizes[: ends[0]]), math.prod(sizes[ends[0] : ends[1]])
+        return self.grouped * groups, outputs // self.grouped, math.prod(sizes[ends[1] :])
+
+
+def of(node: ir.Node) -> Contraction | str:
+    """The contraction that a node is, or why it is none that can be read so."""
+    if node.domain not in ("", "ai.onnx"):
+        return f"{node.op_type} is not a standard operator"
+    match node.op_type:
+        case "MatMul":
+            return _matmul(node)
+        case "Gemm":
+            return _gemm(node)
+        case "Conv":
+            return _conv(node)
+    return f"{node.op_type} is no contraction that can be read as rows times a matrix"
+
+
+def _matmul(node: ir.Node) -> Contraction | str:
+    left, right = node.inputs
+    assert left is not None and right is not None
+    held = edit.tensor(right)
+    if held is not None and edit.tensor(left) is None:
+        shape = _shape(held)
+        if len(shape) < 2:
+            return "the weight is a vector"
+        if len(shape) == 2:
+            return Contraction(node, left, right, Rows(), (1, 0), (0, 1, 1, 0), shape=shape)
+        return _stack(node, left, right, shape)
+    held = edit.tensor(left)
+    if held is not None and edit.tensor(right) is None:
+        shape = _shape(held)
+        if len(shape) != 2:
+            return "the weight on the left is no matrix"
+        if right.shape is None or len(right.shape) < 2:
+            return "the rank of the activation is not known"
+        return Contraction(node, right, left, Rows(axis=-2), (0, 1), (0, 1, 1, 0), shape=shape)
+    return _picked(node, left, right)
+
+
+def _stack(node: ir.Node, left: ir.Value, right: ir.Value, shape: tuple[int, ...]) -> Contraction | str:
+    """A stack of matrices, each with rows of its own, or all with the same."""
+    if left.shape is None:
+        return "the rank of the activation is not known"
+    leading = len(shape) - 2
+    sizes = list(left.shape)[:-2]
+    first, n = tuple(range(leading)), leading
+    if sizes == list(shape[:-2]):
+        order, parts = (*first, n + 1, n), (leading, 1, 1, 0)
+        return Contraction(node, left, right, Rows(batch=leading), order, parts, shape=shape)
+    if all(size == 1 for size in sizes[-leading:]):
+        order, parts = (*first, n + 1, n), (0, leading + 1, 1, 0)
+        return Contraction(node, left, right, Rows(), order, parts, shape=shape)
+    return "how the activation meets a stack of weights is not known"
+
+
+def _picked(node: ir.Node, left: ir.Value, right: ir.Value) -> Contraction | str:
+    """Rows whose weights are picked from a stack, by experts that a router chose."""
+    for activation, picked, axis in ((left, right, -1), (right, left, -2)):
+        gather = picked.producer()
+        if gather is None or not edit.is_op(gather, "Gather", "GatherND"):
+            continue
+        stack, index = gather.inputs[0], gather.inputs[1]
+        held = edit.tensor(stack)
+        if held is None or stack is None or index is None or len(shape := _shape(held)) != 3:
+            continue
+        if gather.op_type == "Gather" and attribute(gather, "axis", 0) != 0:
+            continue
+        rows = Rows(axis=axis, by=index.name or "", size=shape[0])
+        # x (k, n) reads the channels from axis 1, and x from the right of (m, k) from axis 2.
+        order = (0, 2, 1) if axis == -1 else (0, 1, 2)
+        return Contraction(node, activation, stack, rows, order, (1, 1, 1, 0), shape=shape)
+    return "neither operand is a constant"
+
+
+def _gemm(node: ir.Node) -> Contraction | str:
+    left, right = node.inputs[0], node.inputs[1]
+    assert left is not None and right is not None
+    scale = float(attribute(node, "alpha", 1.0))
+    if (held := edit.tensor(right)) is not None and edit.tensor(left) is None:
+        order = (0, 1) if attribute(node, "transB", 0) else (1, 0)
+        axis = 0 if attribute(node, "transA", 0) else 1
+        return Contraction(node, left, right, Rows(axis=axis), order, (0, 1, 1, 0), scale, shape=_shape(held))
+    if (held := edit.tensor(left)) is not None and edit.tensor(right) is None:
+        order = (1, 0) if attribute(node, "transA", 0) else (0, 1)
+        axis = 1 if attribute(node, "transB", 0) else 0
+        return Contraction(node, right, left, Rows(axis=axis), order, (0, 1, 1, 0), scale, shape=_shape(held))
+    return "neither operand is a constant"
+
+
+def _conv(node: ir.Node) -> Contraction | str:
+    activation, weight = node.inputs[0], node.inputs[1]
+    held = edit.tensor(weight)
+    if held is None or weight is None or activation is None:
+        return "the weight is computed"
+    shape = _shape(held)
+    spatial = len(shape) - 2
+    ones = (1,) * spatial
+    auto = str(attribute(node, "auto_pad", "NOTSET"))
+    window = Window(
+        kernel=shape[2:],
+        strides=tuple(attribute(node, "strides", ones)),
+        dilations=tuple(attribute(node, "dilations", ones)),
+        pads=(0,) * (2 * spatial) if auto == "VALID" else tuple(attribute(node, "pads", (0,) * (2 * spatial))),
+        auto=auto if auto.startswith("SAME") else "",
+    )
+    groups = int(attribute(node, "group", 1))
+    order = tuple(range(len(shape)))
+    rows = Rows(axis=1, groups=groups, window=window)
+    return Contraction(node, activation, weight, rows, order, (0, 1, 1, spatial), grouped=groups, shape=shape)
+
+
+def _shape(held: ir.TensorProtocol) -> tuple[int, ...]:
+    return tuple(held.shape.numpy())

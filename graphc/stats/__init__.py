@@ -1,0 +1,42 @@
+"""What calibration collects: requests, and the statistics that they give.
+
+A pass returns requests from ``needs`` and finds the statistics in ``Context.statistics``; while it changes the model
+it may ask for more with ``Context.collect``.
+"""
+
+from graphc.stats.base import Request, Statistic, Statistics, Valid
+from graphc.stats.collector import Collector, padding_mask, with_outputs
+from graphc.stats.gradients import GradientGramOf, Gradients, GradientsOf
+from graphc.stats.gram import Cross, CrossOf, Gram, GramOf
+from graphc.stats.moments import Moments, MomentsOf
+from graphc.stats.range import Range, RangeOf
+from graphc.stats.routing import Routing, RoutingOf
+from graphc.stats.rows import Rows, Window
+from graphc.stats.similarity import Similarity, SimilarityOf
+
+__all__ = [
+    "Collector",
+    "Cross",
+    "CrossOf",
+    "GradientGramOf",
+    "Gradients",
+    "GradientsOf",
+    "Gram",
+    "GramOf",
+    "Moments",
+    "MomentsOf",
+    "Range",
+    "RangeOf",
+    "Request",
+    "Routing",
+    "RoutingOf",
+    "Rows",
+    "Similarity",
+    "SimilarityOf",
+    "Statistic",
+    "Statistics",
+    "Valid",
+    "Window",
+    "padding_mask",
+    "with_outputs",
+]
