@@ -13,6 +13,7 @@ from graphc.stats import Collector, Request, Statistics
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from graphc.data import Samples
     from graphc.stats.base import Array
 
 MADE = "calibrated on generated inputs: do not trust the quality; give samples of real data with --calibrate"
@@ -33,30 +34,30 @@ class Calibration:
 
     @staticmethod
     def of(
-        model: ir.Model, settings: Settings, data: Sequence[Arrays], progress: Callable[[str, int, int], None]
+        model: ir.Model,
+        given: Samples | None,
+        settings: Settings,
+        progress: Callable[[str, int, int], None],
     ) -> Calibration:
-        """The calibration that flags ask for: ``--calibrate``, else ``--data``, else inputs made to fit.
+        """The calibration of a run on the data given, or on inputs made to fit.
 
         Args:
-            model: The model as it came, which the data must fit.
+            model: The model as it came.
+            given: The data, if there is some.
             settings: The flags.
-            data: What ``--data`` named.
             progress: ``progress(what, done, total)``.
         """
         from graphc import cache, measure
-        from graphc import data as files
+        from graphc.data import Samples
 
         notes = []
-        samples: Sequence[Arrays] = data
-        if settings.calibrate is not None:
-            samples = files.load(settings.calibrate, model)
-        elif data:
-            notes.append(SAME)
-        else:
-            samples = measure.samples(model, settings.seed)
+        if given is None:
+            given = Samples(measure.samples(model, settings.seed))
             notes.append(MADE)
+        elif settings.calibrate is None or settings.data is None:
+            notes.append(SAME)
         store = cache.Store() if settings.cache else None
-        return Calibration(Collector(samples, store=store, progress=progress), notes)
+        return Calibration(Collector(given, given.labels, store=store, progress=progress), notes)
 
     @property
     def samples(self) -> Sequence[Arrays]:

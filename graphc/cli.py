@@ -112,11 +112,12 @@ def _optimize(commands: Any) -> None:
     )
     check = command.add_argument_group("checks and limits")
     check.add_argument(
-        "--data", type=Path, metavar="PATH", help="inputs to check and measure on (.npz, folder of .npy)"
+        "--data",
+        metavar="DATA",
+        help="inputs to check and measure on: .npz, text, a folder of arrays or pictures, FILE.py:FUNCTION",
     )
-    check.add_argument(
-        "--calibrate", type=Path, metavar="PATH", help="inputs to collect statistics on (the same forms; --data)"
-    )
+    check.add_argument("--calibrate", metavar="DATA", help="inputs to collect statistics on, in the same forms")
+    check.add_argument("--tokenizer", type=Path, metavar="PATH", help="for text: a folder with tokenizer.json")
     check.add_argument(
         "--max-drop",
         action="append",
@@ -164,7 +165,8 @@ def _verify(commands: Any) -> None:
     command = _command(commands, "verify", _run_verify, "Check that two models compute the same.")
     command.add_argument("a", type=Path, help="the reference")
     command.add_argument("b", type=Path, help="the model to check")
-    command.add_argument("--data", type=Path, metavar="PATH", help="inputs to compare on; made to fit if not given")
+    command.add_argument("--data", metavar="DATA", help="inputs to compare on; made to fit if not given")
+    command.add_argument("--tokenizer", type=Path, metavar="PATH", help="for text: a folder with tokenizer.json")
     command.add_argument("--seed", type=int, default=0, help="seed of the inputs made (0)")
     _json_flag(command)
 
@@ -172,7 +174,8 @@ def _verify(commands: Any) -> None:
 def _bench(commands: Any) -> None:
     command = _command(commands, "bench", _run_bench, "Time models against each other, interleaved in one run.")
     command.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="the first is the baseline")
-    command.add_argument("--data", type=Path, metavar="PATH", help="inputs to run; made to fit if not given")
+    command.add_argument("--data", metavar="DATA", help="inputs to run; made to fit if not given")
+    command.add_argument("--tokenizer", type=Path, metavar="PATH", help="for text: a folder with tokenizer.json")
     command.add_argument("--seconds", type=float, default=5.0, help="time to spend, for all models together (5)")
     command.add_argument("--threads", type=int, default=0, help="threads of the runtime (0: its default)")
     command.add_argument("--provider", default="CPUExecutionProvider", help="execution provider")
@@ -217,8 +220,8 @@ def _settings(a: Any) -> Settings:
         recipe=recipe,
         recipe_given=bool(a.passes is not None or a.recipe or a.preset),
         target=parse_backend(a.target),
-        data=a.data,
-        calibrate=a.calibrate,
+        data=_data(a.data, a.tokenizer),
+        calibrate=_data(a.calibrate, a.tokenizer),
         gates=tuple(gates),
         seed=a.seed,
         strict=a.strict,
@@ -230,6 +233,14 @@ def _settings(a: Any) -> Settings:
         resume=a.resume,
         dry_run=a.dry_run,
     )
+
+
+def _data(text: str | None, tokenizer: Path | None) -> Any:
+    if text is None:
+        return None
+    from graphc.data import Spec
+
+    return Spec.parse(text).with_tokenizer(tokenizer)
 
 
 def _run_optimize(a: Any) -> int:
@@ -315,7 +326,7 @@ def _run_verify(a: Any) -> int:
     from graphc.views.progress import bar
 
     with bar(a.json) as progress:
-        comparison = verify(a.a, a.b, data=a.data, seed=a.seed, progress=progress)
+        comparison = verify(a.a, a.b, data=_data(a.data, a.tokenizer), seed=a.seed, progress=progress)
     if a.json:
         _print_json(comparison.to_json())
     else:
@@ -332,7 +343,7 @@ def _run_bench(a: Any) -> int:
     with bar(a.json) as progress:
         found = bench(
             a.models,
-            data=a.data,
+            data=_data(a.data, a.tokenizer),
             seconds=a.seconds,
             threads=a.threads,
             provider=a.provider,

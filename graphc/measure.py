@@ -17,6 +17,8 @@ from graphc.runtime import timing
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from graphc.data import Given
+
 QUICK = 1.0
 """Seconds that ``graphc optimize`` spends on timing, warm-up excluded."""
 
@@ -85,7 +87,7 @@ def against(original: ir.Model, output: Runnable, arrays: Arrays) -> dict[str, A
 def bench(
     models: Sequence[Path],
     *,
-    data: Path | None = None,
+    data: Given | None = None,
     seconds: float = 5.0,
     threads: int = 0,
     provider: str = runtime.CPU,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from graphc.calibration import Calibration
     from graphc.checking import Checker, Comparison
+    from graphc.data import Given, Origin, Samples
     from graphc.frontends import Source
 
 RESUME = "graphc.resume"
@@ -37,8 +38,8 @@ def optimize(
     *,
     recipe: Recipe | str | Sequence[Pass] | None = None,
     target: Backend | str = "onnxruntime",
-    data: str | Path | None = None,
-    calibrate: str | Path | None = None,
+    data: Given | None = None,
+    calibrate: Given | None = None,
     max_drop: Mapping[str, float] | None = None,
     max_size: str | None = None,
     max_latency: str | None = None,
@@ -64,6 +65,8 @@ def optimize(
         BadInput: The model, the recipe or an option cannot be used.
         CheckFailed: A gate did not hold, or ``strict`` was given and a pass was rolled back.
     """
+    from graphc.data import origin
+
     gates = [Gate.drop(f"{name}={limit}") for name, limit in (max_drop or {}).items()]
     gates += [Gate.size(max_size)] if max_size else []
     gates += [Gate.latency(max_latency)] if max_latency else []
@@ -78,8 +81,8 @@ def optimize(
             recipe=chosen,
             recipe_given=recipe is not None,
             target=parse_backend(target) if isinstance(target, str) else target,
-            data=None if data is None else Path(data),
-            calibrate=None if calibrate is None else Path(calibrate),
+            data=origin(data),
+            calibrate=origin(calibrate),
             gates=tuple(gates),
             **settings,
         ),
@@ -91,7 +94,7 @@ def verify(
     reference: str | Path,
     candidate: str | Path,
     *,
-    data: str | Path | None = None,
+    data: Given | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> Comparison:
@@ -112,7 +115,7 @@ def verify(
     from graphc.checking import Checker
 
     a, b = frontends.load(Path(reference)), frontends.load(Path(candidate))
-    given = samples.load(Path(data), a.original) if data is not None else ()
+    given = samples.load(data, a.original) if data is not None else ()
     return Checker(a.original, data=given, seed=seed, progress=progress).compare(b.original)
 
 
@@ -150,12 +153,7 @@ def run(
         artifact.check_output(source if isinstance(source, Path) else source.path, output)
     progress("loading", 0, 0)
     loaded = frontends.load(source) if isinstance(source, Path) else source
-    samples: Sequence[Arrays] = ()
-    if settings.data is not None:
-        from graphc import data
-
-        samples = data.load(settings.data, loaded.model)
-    work = _Work(loaded, settings, progress, samples)
+    work = _Work(loaded, settings, progress)
     recipe, done = _resumed(loaded, settings)
     now, later = _until(recipe, settings.stop_after)
     done = work.run(now, done)
@@ -180,7 +178,7 @@ def run(
     if later:
         state = {"recipe": Recipe(later).text(), "done": done.to_json()}
         done.model.metadata_props[RESUME] = json.dumps(state, sort_keys=True)
-    files = [*loaded.files, *inputs, *recipe.files(), *filter(None, (settings.data, settings.calibrate))]
+    files = [*loaded.files, *inputs, *recipe.files(), *_files(settings.data), *_files(settings.calibrate)]
     artifact.place(report, output, settings, work.try_out)
     if depfile is not None and output is not None and not settings.dry_run:
         artifact.write_depfile(depfile, output, files)
@@ -197,15 +195,35 @@ class _Work:
         loaded: The model as the frontend gave it.
         settings: The flags.
         progress: ``progress(what, done, total)``.
-        samples: The user's data.
         last: The checker that found the resulting model right, if one did.
     """
 
     loaded: Source
     settings: Settings
     progress: Progress
-    samples: Sequence[Arrays]
     last: Checker | None = None
+
+    @cached_property
+    def calibrating(self) -> Samples | None:
+        """The user's data to collect statistics on."""
+        given = self.settings.calibrate if self.settings.calibrate is not None else self.settings.data
+        return self._load_data(given)
+
+    @cached_property
+    def checking(self) -> Samples | None:
+        """The user's data to check and measure on; where only one of both was given, it serves for both."""
+        if self.settings.data is None or self.settings.calibrate is None:
+            return self.calibrating
+        return self._load_data(self.settings.data)
+
+    @property
+    def samples(self) -> Sequence[Arrays]:
+        return self.checking or ()
+
+    def _load_data(self, given: Origin | None) -> Samples | None:
+        from graphc import data
+
+        return None if given is None else data.load(given, self.loaded.model)
 
     @cached_property
     def judge(self) -> Judge:
@@ -217,7 +235,7 @@ class _Work:
         """What collects the statistics that passes ask for."""
         from graphc.calibration import Calibration
 
-        return Calibration.of(self.loaded.model, self.settings, self.samples, self.progress)
+        return Calibration.of(self.loaded.model, self.calibrating, self.settings, self.progress)
 
     def try_out(self, report: Report, emitted: Path) -> None:
         """Try out what was emitted; see ``graphc.trial``."""
@@ -285,7 +303,7 @@ class _Work:
         named = Recipe(tuple(passes)).files()
         if not all(path.is_file() for path in named):
             return None, ""
-        hashed = [*self.loaded.files, *_files(self.settings.data), *_files(self.settings.calibrate), *named]
+        hashed = [*self.loaded.files, *named]
         return store, cache.key(
             files=[cache.file_hash(path) for path in hashed],
             recipe=Recipe(tuple(passes)).text(),
@@ -297,18 +315,32 @@ class _Work:
                 sorted(context.target.kernels),
             ],
             gates=[str(gate) for gate in self.settings.gates],
-            data=[len(_files(self.settings.data)), len(_files(self.settings.calibrate))],
+            data=[_hash(self.settings.data, self.checking), _hash(self.settings.calibrate, self.calibrating)],
             settings=[self.settings.seed, self.settings.verify, self.settings.unchecked],
             versions=environment.versions(),
             code=cache.code_hash(),
         )
 
 
-def _files(path: Path | None) -> list[Path]:
+def _files(given: Origin | None) -> list[Path]:
     """The files of data."""
-    if path is None:
-        return []
-    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    from graphc.data import Spec
+
+    return given.files() if isinstance(given, Spec) else []
+
+
+def _hash(given: Origin | None, samples: Samples | None) -> Any:
+    """What data is known by in the cache: its files and how they are read, or its content where code made it."""
+    from graphc import cache
+    from graphc.data import Spec
+
+    if given is None or samples is None:
+        return None
+    if isinstance(given, Spec) and Path(given.path).exists():
+        return [repr(given), [cache.file_hash(path) for path in given.files()]]
+    from graphc.stats.hashing import data_hash
+
+    return data_hash(samples, ({"labels": labels} for labels in samples.labels))
 
 
 def _remember(folder: Path, done: Done) -> None:

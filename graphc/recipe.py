@@ -129,6 +129,15 @@ def parse_backend(text: str) -> Backend:
     return build(registry.backend_class(name), name, options)
 
 
+def options(text: str) -> dict[str, Any]:
+    """The options of ``name{option=value ...}``, by name.
+
+    Raises:
+        BadInput: A syntax error.
+    """
+    return next(_Parser(text).specs())[1]
+
+
 def build(cls: type[T], name: str, options: Mapping[str, Any], where: str = "") -> T:
     """Make a pass or a backend from option values as TOML or text gives them, checked against the field types."""
     fields = {f.name.replace("_", "-"): f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]

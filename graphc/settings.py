@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from graphc.contract import Backend
 from graphc.gate import Gate
 from graphc.recipe import Recipe
+
+if TYPE_CHECKING:
+    from graphc.data import Origin
 
 
 @dataclass(frozen=True)
@@ -17,8 +20,8 @@ class Settings:
     recipe: Recipe
     target: Backend
     recipe_given: bool = True
-    data: Path | None = None
-    calibrate: Path | None = None
+    data: Origin | None = None
+    calibrate: Origin | None = None
     gates: tuple[Gate, ...] = ()
     seed: int = 0
     strict: bool = False

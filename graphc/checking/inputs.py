@@ -107,7 +107,7 @@ def cases(model: ir.Model, *, seed: int = 0, accepts: Callable[[Arrays], bool] |
     Raises:
         BadInput: An input is a sequence, a map or an optional, or has no declared rank.
     """
-    inputs = [_input(model, v) for v in model.graph.inputs if not v.is_initializer()]
+    inputs = [described(model, v) for v in model.graph.inputs if not v.is_initializer()]
     symbols = Symbols.of(inputs)
     takes = accepts or (lambda arrays: True)
 
@@ -138,7 +138,12 @@ def cases(model: ir.Model, *, seed: int = 0, accepts: Callable[[Arrays], bool] |
             return
 
 
-def _input(model: ir.Model, value: ir.Value) -> Input:
+def described(model: ir.Model, value: ir.Value) -> Input:
+    """An input of a model with its dimensions and what it is for.
+
+    Raises:
+        BadInput: It is a sequence, a map or an optional, or has no declared rank.
+    """
     name = value.name or ""
     if not isinstance(value.type, ir.TensorType):
         kind = type(value.type).__name__.removesuffix("Type").lower() if value.type else "of unknown type"

@@ -10,18 +10,15 @@ On the command line: ``--max-drop error=0.01``, or a function of the user's, ``-
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from graphc.contract import Arrays
 from graphc.errors import BadInput, nearest
+from graphc.named_function import named_function
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Cases = Sequence[Mapping[str, Array]]
@@ -107,40 +104,12 @@ def metric(name: str) -> Metric:
     """
     if name in METRICS:
         return METRICS[name]
-    place, sign, function = name.rpartition(":")
-    if not sign:
+    if ":" not in name:
         raise BadInput(f"there is no metric '{name}'", hint=f"{nearest(name, METRICS)}; or give FILE.py:FUNCTION")
-    return _user(_load(place, name), function, name)
+    return _user(named_function(name, "metric"), name)
 
 
-def _load(place: str, name: str) -> Any:
-    try:
-        if not place.endswith(".py"):
-            return importlib.import_module(place)
-        path = Path(place)
-        if not path.is_file():
-            raise BadInput("there is no such file", where=place, hint="--max-drop FILE.py:FUNCTION=VALUE")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    except BadInput:
-        raise
-    except Exception as failure:  # whatever the user's code raises
-        raise BadInput(
-            f"the module of metric '{name}' cannot be loaded",
-            where=place,
-            why=f"{type(failure).__name__}: {failure}",
-        ) from failure
-    return module
-
-
-def _user(module: Any, function: str, name: str) -> Metric:
-    found = getattr(module, function, None)
-    if not callable(found):
-        known = [n for n, value in vars(module).items() if inspect.isfunction(value)]
-        raise BadInput(f"metric '{name}' has no function '{function}'", hint=nearest(function, known))
-
+def _user(found: Callable[..., Any], name: str) -> Metric:
     def call(reference: Cases, outputs: Cases, inputs: Sequence[Arrays]) -> float:
         try:
             return _number(float(found(outputs, reference, inputs)))

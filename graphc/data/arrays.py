@@ -1,8 +1,9 @@
-"""The user's data: ``--data PATH``.
+"""Arrays as samples.
 
 - ``data.npz``: one array for each input, under its name. An array has either the rank of its input, and then its rows
   are samples where the input's first dimension is dynamic; or one axis more, and then its first axis counts the
-  cases. What has no such axis (a sample rate, an initial state) is the same in every case.
+  cases. What has no such axis (a sample rate, an initial state) is the same in every case. An array ``labels`` (or
+  ``label``) that is no input says what the first output should be, for each row or each case.
 - ``data.npy``: the same for a model with one input.
 - a folder with one ``.npy`` for each input, named after it; or with any number of ``.npz`` files (for a model with one
   input: ``.npy`` as well), read in the order of their names as above.
@@ -23,6 +24,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphc.contract import Arrays
+from graphc.data.samples import Samples
 from graphc.errors import BadInput, nearest
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -31,22 +33,75 @@ BATCH = 16
 """Rows of a dynamic first dimension that make one case."""
 
 
-def load(path: Path, model: ir.Model) -> list[Arrays]:
-    """Read data that fits a model.
+LABELS = ("labels", "label")
+"""Names of an array that says what the outputs should be."""
 
-    Returns:
-        The cases: arrays by input name, in the dtypes of the interface.
+
+def load(path: Path, model: ir.Model) -> Samples:
+    """Read arrays that fit a model.
 
     Raises:
-        BadInput: It cannot be read, or does not fit; the message names the file and the array.
+        BadInput: They cannot be read, or do not fit; the message names the file and the array.
     """
     inputs = {v.name or "": v for v in model.graph.inputs}
     cases: list[Arrays] = []
+    labels: list[Array] = []
     for where, arrays in _sources(path, inputs):
-        cases += _cases(arrays, inputs, where)
-    if not cases:
-        raise BadInput("the data holds no samples", where=str(path))
-    return cases
+        given = {name: array for name, array in arrays.items() if name in inputs or name not in LABELS}
+        made = _cases(given, inputs, where)
+        label = next((arrays[name] for name in LABELS if name in arrays and name not in inputs), None)
+        if label is not None:
+            labels += _labels(label, made, given, inputs, where)
+        cases += made
+    if labels and len(labels) != len(cases):
+        raise BadInput("some files have labels and others not", where=str(path))
+    return Samples(cases, labels)
+
+
+def fitting(case: Mapping[str, Array], model: ir.Model, where: str) -> Arrays:
+    """One case in the dtypes of the interface.
+
+    Raises:
+        BadInput: It does not fit.
+    """
+    inputs = {v.name or "": v for v in model.graph.inputs}
+    _check_names(case, inputs, where)
+    made: dict[str, Array] = {}
+    for name, array in case.items():
+        value = inputs[name]
+        made[name] = _typed(array, value, where)
+        if value.shape is None:
+            continue
+        dims = [_size(d) for d in value.shape]
+        if array.ndim != len(dims):
+            raise BadInput(
+                f"the data for input '{name}' has {array.ndim} dimensions, not {len(dims)}",
+                where=where,
+                why=f"its shape is {list(array.shape)}, the input's {_text(dims)}",
+            )
+        _check_shape(name, array.shape, dims, where)
+    _check_symbols(made, inputs, where)
+    return made
+
+
+def _labels(
+    label: Array, cases: Sequence[Arrays], given: Mapping[str, Array], inputs: Mapping[str, ir.Value], where: str
+) -> list[Array]:
+    """The labels of every case, which are given for each row, or for each case."""
+    if label.dtype.kind == "f" and np.isnan(label).any():
+        raise BadInput("the labels have NaN", where=where)
+    stacked = any(a.ndim == len(inputs[n].shape or ()) + 1 for n, a in given.items() if inputs[n].shape is not None)
+    if stacked and len(label) == len(cases):
+        return list(label)
+    counts = [next((len(a) for n, a in case.items() if a.ndim and len(given[n]) > 1), 1) for case in cases]
+    if label.ndim and len(label) >= sum(counts) and not stacked:
+        rows = max(len(a) for a in given.values() if a.ndim)
+        if len(label) == rows:
+            ends = np.cumsum(counts)
+            return np.split(label[: ends[-1]], ends[:-1]) if len(ends) else []
+    raise BadInput(
+        "the labels do not fit the samples", where=where, why=f"their shape is {list(label.shape)}, cases {len(cases)}"
+    )
 
 
 def _sources(path: Path, inputs: Mapping[str, ir.Value]) -> list[tuple[str, dict[str, Array]]]:
@@ -55,12 +110,17 @@ def _sources(path: Path, inputs: Mapping[str, ir.Value]) -> list[tuple[str, dict
     if path.is_file():
         return [(str(path), _read(path, required))]
     if not path.is_dir():
-        raise BadInput("there is no such data", where=str(path), hint="--data takes a .npz, a .npy or a folder")
+        raise BadInput(
+            "there is no such data",
+            where=str(path),
+            hint="there is .npz, .npy, text, a folder of arrays or pictures, FILE.py:FUNCTION",
+        )
     files = sorted(p for p in path.iterdir() if p.suffix in (".npy", ".npz"))
     if not files:
         raise BadInput("the folder has no .npy or .npz files", where=str(path))
     single = [p for p in files if p.suffix == ".npy"]
-    if len(single) == len(files) and (len(required) > 1 or {p.stem for p in single} <= inputs.keys()):
+    named = {p.stem for p in single} - set(LABELS)
+    if len(single) == len(files) and (len(required) > 1 or named <= inputs.keys()):
         return [(str(path), {p.stem: _npy(p) for p in single})]
     return [(str(p), _read(p, required)) for p in files]
 
@@ -81,8 +141,9 @@ def _read(path: Path, required: Sequence[str]) -> dict[str, Array]:
             arrays = {name: stored[name] for name in stored.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise _unreadable(path, error) from None
-    if len(arrays) == 1 and len(required) == 1:
-        return {required[0]: next(iter(arrays.values()))}
+    named = [name for name in arrays if name in required or name not in LABELS]
+    if len(named) == 1 and len(required) == 1:
+        return {required[0] if name in named else name: array for name, array in arrays.items()}
     return arrays
 
 
@@ -104,12 +165,7 @@ def _unreadable(path: Path, error: Exception) -> BadInput:
 
 
 def _cases(arrays: Mapping[str, Array], inputs: Mapping[str, ir.Value], where: str) -> list[Arrays]:
-    for name in arrays:
-        if name not in inputs:
-            raise BadInput(f"the model has no input '{name}'", where=where, hint=nearest(name, inputs))
-    missing = [n for n, v in inputs.items() if n not in arrays and not v.is_initializer()]
-    if missing:
-        raise BadInput(f"there is no array for input '{missing[0]}'", where=where)
+    _check_names(arrays, inputs, where)
     split = {name: _split(name, _typed(array, inputs[name], where), inputs[name], where)
              for name, array in arrays.items()}  # fmt: skip
     counts = {len(parts) for parts in split.values() if len(parts) != 1}
@@ -125,6 +181,15 @@ def _cases(arrays: Mapping[str, Array], inputs: Mapping[str, ir.Value], where: s
     for case in cases[:1] + cases[-1:]:
         _check_symbols(case, inputs, where)
     return cases
+
+
+def _check_names(arrays: Mapping[str, Array], inputs: Mapping[str, ir.Value], where: str) -> None:
+    for name in arrays:
+        if name not in inputs:
+            raise BadInput(f"the model has no input '{name}'", where=where, hint=nearest(name, inputs))
+    missing = [n for n, v in inputs.items() if n not in arrays and not v.is_initializer()]
+    if missing:
+        raise BadInput(f"there is no array for input '{missing[0]}'", where=where)
 
 
 def _typed(array: Array, value: ir.Value, where: str) -> Array:
