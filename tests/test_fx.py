@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from graphc.errors import BadInput  # noqa: E402
 from graphc.frontends.onnx import load  # noqa: E402
 from graphc.fx import from_torch, to_torch  # noqa: E402
 from graphc.fx.dtypes import to_tensor  # noqa: E402
-from graphc.fx.operators import OPERATORS  # noqa: E402
+from graphc.fx.operators import CONTROL, OPERATORS  # noqa: E402
 from graphc.passes.fuse import Fuse  # noqa: E402
 from graphc.passes.prune import Prune  # noqa: E402
 from graphc.passes.shrink import Shrink  # noqa: E402
@@ -96,6 +97,7 @@ REASONS = {
     r"training_dropout": "dropout is off",
     r"reduce_(min|max)_empty": "torch refuses the extremum of nothing",
     r"resize_.*(antialias|tf_crop|not_larger|not_smaller)": "these modes of Resize are refused",
+    r"dft_inverse": "torch is off by 1e-6 of the largest entry where numpy is by 1e-7",
     r"(bf16|fp16).*": "half precision differs in its last bit",
 }
 """Conformance cases that are known not to pass, by name, and why."""
@@ -120,6 +122,13 @@ def _passes(case: Any) -> bool:
     return True
 
 
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            yield from _nodes(attribute.g)
+
+
 def test_the_conformance_suite_of_onnx() -> None:
     from onnx.backend.test.case.node import collect_testcases
 
@@ -127,8 +136,11 @@ def test_the_conformance_suite_of_onnx() -> None:
     failed = []
     for case in collect_testcases(None):
         model = case.model
-        known = set(OPERATORS) | {"Constant"}
-        if model is None or {n.op_type for n in model.graph.node} - known or any(n.domain for n in model.graph.node):
+        known = {*OPERATORS, *CONTROL, "Constant"}
+        if model is None:
+            continue
+        nodes = list(_nodes(model.graph))
+        if {n.op_type for n in nodes} - known or any(n.domain for n in nodes):
             continue
         if next(o.version for o in model.opset_import if not o.domain) < 13:
             continue
@@ -140,7 +152,7 @@ def test_the_conformance_suite_of_onnx() -> None:
         if not passed and not any(re.search(pattern, case.name, re.IGNORECASE) for pattern in REASONS):
             failed.append(case.name)
     assert failed == []
-    assert counts["passed"] >= 1280, counts
+    assert counts["passed"] >= 1490, counts
 
 
 def test_a_pruned_model_is_healed_and_written_back() -> None:

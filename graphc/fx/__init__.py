@@ -25,11 +25,14 @@ def to_torch(model: ir.Model) -> GraphModule:
     so that ``state_dict`` keys equal initializer names, except where torch reserves a name or two collide (then
     underscores are appended). ``module.meta["initializers"]`` maps every parameter and buffer to its constant,
     ``module.meta["inputs"]`` every argument to its graph input. Running statistics, scales and bounds, masks, integers,
-    and numbers of one element are buffers or code. An initializer with many readers is one parameter.
+    and numbers of one element are buffers or code. An initializer with many readers is one parameter. What bodies of
+    control flow hold counts as well; of constants that they name alike, the second is called ``name#2`` and so on.
+    What constants that are not trained determine is computed here, once, into buffers outside of the state.
 
     The module takes tensors by position in the order of the graph's inputs, or by name with ``_`` where Python allows
     no other character, and returns a dict by output name. It computes the same in training mode: dropout and batch
-    statistics stay off. Sizes are Python numbers, so that ``torch.export`` can trace it.
+    statistics stay off. Sizes are Python numbers, so that ``torch.export`` can trace it; but not If, Loop and Scan,
+    which run in Python.
 
     Args:
         model: At opset 13 or later; it is not changed. Its weights are copied.
@@ -45,6 +48,8 @@ def to_torch(model: ir.Model) -> GraphModule:
 
 def from_torch(module: GraphModule, model: ir.Model) -> ir.Model:
     """A copy of the model with the values that the module's parameters now have, in the model's dtypes.
+
+    Local functions are inlined in it, so that each call's weights are its own.
 
     Args:
         module: Made by :func:`to_torch` of ``model`` and trained since, on any device.

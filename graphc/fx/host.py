@@ -67,18 +67,22 @@ class Operator:
     Attributes:
         run: Called with the inputs in order (None where omitted) and the attributes by name.
         on_host: Called instead where all inputs are host values; may answer NotImplemented.
-        host: The inputs that ``run`` wants as Python lists or numbers.
+        host: The inputs that ``run`` wants as Python lists or numbers, and reads with ``as_list``.
+        numbers: The inputs that ``run`` also takes as Python numbers, which torch has faster kernels for.
         fixed: The float inputs that are no weights: running statistics, scales, bounds.
         many: It returns a tuple, one item an output.
         counted: ``run`` wants the number of outputs, as ``outputs``.
+        sizes: It answers host values, to a tensor as well.
     """
 
     run: Callable[..., Any]
     on_host: Callable[..., Any] | None = None
     host: tuple[int, ...] = ()
+    numbers: tuple[int, ...] = ()
     fixed: tuple[int, ...] = ()
     many: bool = False
     counted: bool = False
+    sizes: bool = False
 
     def bind(self, name: str) -> Callable[..., Any]:
         """The function that stands in the torch.fx graph."""

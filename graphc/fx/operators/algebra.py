@@ -15,7 +15,7 @@ from graphc.fx.dtypes import torch_dtype
 from graphc.fx.host import Host, Operator, as_list
 
 
-def _gemm(
+def gemm(
     a: Tensor,
     b: Tensor,
     c: Tensor | None = None,
@@ -177,7 +177,7 @@ OPERATORS: dict[str, Operator] = {
     "BatchNormalization": Operator(_batch_norm, fixed=(3, 4), many=True),
     "Det": Operator(torch.linalg.det),
     "Einsum": Operator(_einsum),
-    "Gemm": Operator(_gemm),
+    "Gemm": Operator(gemm),
     "GroupNormalization": Operator(_group_norm),
     "Hardmax": Operator(_hardmax),
     "InstanceNormalization": Operator(_instance_norm),

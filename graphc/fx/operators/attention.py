@@ -89,6 +89,19 @@ def _attention(
     return y, *present, scores
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: int = 0) -> Tensor:
+    """Turn pairs of the last axis's leading ``2 * n`` elements by angles whose ``n`` cosines and sines are given."""
+    width = 2 * cos.shape[-1]
+    turned, kept = x[..., :width], x[..., width:]
+    if interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+    else:
+        a, b = turned.chunk(2, -1)
+        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return torch.cat([turned, kept], -1) if kept.shape[-1] else turned
+
+
 def _rotary(
     x: Tensor,
     cos: Tensor,
@@ -102,18 +115,10 @@ def _rotary(
     shape = x.shape
     # (batch, length, heads, size)
     x = x.transpose(1, 2) if x.dim() == 4 else x.reshape(*shape[:2], num_heads, -1)
-    width = rotary_embedding_dim or x.shape[-1]
-    turned, kept = x[..., :width], x[..., width:]
+    half = (rotary_embedding_dim or x.shape[-1]) // 2
     if positions is not None:
         cos, sin = cos[positions], sin[positions]
-    cos, sin = cos[..., : width // 2].unsqueeze(2), sin[..., : width // 2].unsqueeze(2)
-    if interleaved:
-        a, b = turned[..., 0::2], turned[..., 1::2]
-        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
-    else:
-        a, b = turned.chunk(2, -1)
-        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-    y = torch.cat([turned, kept], -1)
+    y = rotate(x, cos[..., :half].unsqueeze(2), sin[..., :half].unsqueeze(2), interleaved)
     return y.transpose(1, 2) if len(shape) == 4 else y.reshape(shape)
 
 

@@ -36,10 +36,14 @@ def _mod(a: Tensor, b: Tensor, *, fmod: int = 0) -> Tensor:
     return torch.fmod(a, b) if fmod else torch.remainder(a, b)
 
 
-def _clip(x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
+def _clip(x: Tensor, low: Tensor | float | None = None, high: Tensor | float | None = None) -> Tensor:
+    if isinstance(low, int | float) and isinstance(high, int | float) and x.is_floating_point():
+        return torch.clamp(x, low, high)  # the upper bound wins where they cross, as it does below
     if low is not None:
-        x = torch.maximum(x, low.to(x.dtype))
-    return x if high is None else torch.minimum(x, high.to(x.dtype))
+        x = torch.clamp(x, low) if isinstance(low, int | float) else torch.maximum(x, low.to(x.dtype))
+    if high is None:
+        return x
+    return torch.clamp(x, max=high) if isinstance(high, int | float) else torch.minimum(x, high.to(x.dtype))
 
 
 def _cast(x: Tensor, *, to: int, **_: Any) -> Tensor:
@@ -145,7 +149,7 @@ OPERATORS: dict[str, Operator] = {
     "CastLike": Operator(lambda x, like, **_: x.to(like.dtype)),
     "Ceil": _with_host(torch.ceil, math.ceil),
     "Celu": Operator(_celu),
-    "Clip": Operator(_clip, fixed=(1, 2)),
+    "Clip": Operator(_clip, numbers=(1, 2), fixed=(1, 2)),
     "Div": _with_host(_divide, _divide_number),
     "Dropout": Operator(lambda x, *_, **__: (x, torch.ones_like(x, dtype=torch.bool)), fixed=(1,), many=True),
     "Elu": Operator(lambda x, alpha=1.0: F.elu(x, alpha)),
@@ -169,7 +173,7 @@ OPERATORS: dict[str, Operator] = {
     "Not": _with_host(torch.logical_not, operator.not_),
     "Or": _with_host(torch.logical_or, lambda a, b: a or b),
     "PRelu": Operator(_prelu),
-    "Pow": Operator(lambda a, b: torch.pow(a, b).to(a.dtype), fixed=(1,)),
+    "Pow": Operator(lambda a, b: torch.pow(a, b).to(a.dtype), numbers=(1,), fixed=(1,)),
     "Selu": Operator(_selu),
     "Shrink": Operator(_shrink),
     "Sqrt": _with_host(torch.sqrt, math.sqrt),

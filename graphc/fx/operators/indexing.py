@@ -104,6 +104,55 @@ def _cumsum(x: Tensor, axis: Any, *, exclusive: int = 0, reverse: int = 0) -> Te
     return total.flip(dim) if reverse else total
 
 
+def _cumprod(x: Tensor, axis: Any, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
+    dim = as_list(axis)[0]
+    x = x.flip(dim) if reverse else x
+    if exclusive:
+        x = torch.cat([torch.ones_like(x.narrow(dim, 0, 1)), x.narrow(dim, 0, x.shape[dim] - 1)], dim)
+    total = torch.cumprod(x, dim, dtype=x.dtype)
+    return total.flip(dim) if reverse else total
+
+
+def _compress(x: Tensor, condition: Tensor, *, axis: int | None = None) -> Tensor:
+    at = torch.nonzero(condition).reshape(-1)
+    return x.reshape(-1)[at] if axis is None else x.index_select(axis, at)
+
+
+def _reverse_sequence(x: Tensor, lengths: Tensor, *, batch_axis: int = 1, time_axis: int = 0) -> Tensor:
+    moved = x.movedim((batch_axis, time_axis), (0, 1))
+    at = torch.arange(moved.shape[1], device=x.device)[None]
+    ends = lengths.reshape(-1, 1)
+    turned = torch.where(at < ends, ends - 1 - at, at)
+    rows = torch.arange(moved.shape[0], device=x.device)[:, None]
+    return moved[rows, turned].movedim((0, 1), (batch_axis, time_axis))
+
+
+def _unique(x: Tensor, *, axis: int | None = None, sorted: int = 1) -> tuple[Tensor, ...]:
+    flat = x.reshape(-1) if axis is None else x
+    dim = 0 if axis is None else axis
+    values, back, counts = torch.unique(flat, return_inverse=True, return_counts=True, dim=dim)
+    # Where each distinct item occurs first.
+    first = back.new_full((counts.shape[0],), flat.shape[dim])
+    first = first.scatter_reduce(0, back, torch.arange(flat.shape[dim], device=x.device), "amin")
+    if not sorted:
+        order = torch.argsort(first)
+        place = torch.argsort(order)
+        values, first, back, counts = values.index_select(dim, order), first[order], place[back], counts[order]
+    return values, first, back, counts
+
+
+def _tensor_scatter(
+    x: Tensor, update: Tensor, starts: Tensor | None = None, *, axis: int = -2, mode: str = "linear"
+) -> Tensor:
+    axis %= x.dim()
+    first = starts if starts is not None else torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+    at = first[:, None] + torch.arange(update.shape[axis], device=x.device)
+    at = torch.remainder(at, x.shape[axis]) if mode == "circular" else at
+    view = [1] * x.dim()
+    view[0], view[axis] = at.shape
+    return x.scatter(axis, at.reshape(view).expand(update.shape), update)
+
+
 def _one_hot(indices: Tensor, depth: Any, values: Tensor, *, axis: int = -1) -> Tensor:
     size = int(as_list(depth)[0])
     rank = indices.dim() + 1
@@ -123,13 +172,19 @@ def _non_zero(x: Tensor) -> Tensor:
 OPERATORS: dict[str, Operator] = {
     "ArgMax": Operator(_arg_max),
     "ArgMin": Operator(_arg_min),
+    "Compress": Operator(_compress),
+    "CumProd": Operator(_cumprod, host=(1,)),
     "CumSum": Operator(_cumsum, host=(1,)),
     "Gather": Operator(_gather, on_host=_gather_host),
     "GatherElements": Operator(_gather_elements),
     "GatherND": Operator(_gather_nd),
     "NonZero": Operator(_non_zero),
     "OneHot": Operator(_one_hot, host=(1,), fixed=(2,)),
+    "ReverseSequence": Operator(_reverse_sequence),
+    "Scatter": Operator(_scatter_elements),
     "ScatterElements": Operator(_scatter_elements),
     "ScatterND": Operator(_scatter_nd),
+    "TensorScatter": Operator(_tensor_scatter),
     "TopK": Operator(_topk, host=(1,), many=True),
+    "Unique": Operator(_unique, many=True),
 }

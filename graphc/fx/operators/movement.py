@@ -152,11 +152,13 @@ def _constant_of_shape_host(shape: Any, *, value: Any = (0.0, torch.float32)) ->
 
 
 def _range(start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
-    return torch.arange(start.item(), limit.item(), delta.item(), dtype=start.dtype, device=start.device)
+    return torch.arange(
+        *(value.reshape(()).item() for value in (start, limit, delta)), dtype=start.dtype, device=start.device
+    )
 
 
 def _range_host(start: Host, limit: Host, delta: Host) -> Any:
-    return torch.arange(start, limit, delta)
+    return torch.arange(*(as_list(value)[0] for value in (start, limit, delta)))
 
 
 def _trilu(x: Tensor, k: Any = None, *, upper: int = 1) -> Tensor:
@@ -198,8 +200,8 @@ OPERATORS: dict[str, Operator] = {
     "Pad": Operator(_pad, host=(1, 3), fixed=(2,)),
     "Range": Operator(_range, on_host=_range_host),
     "Reshape": Operator(_reshape, on_host=_reshape_host, host=(1,)),
-    "Shape": Operator(_shape),
-    "Size": Operator(lambda x: math.prod(x.shape)),
+    "Shape": Operator(_shape, sizes=True),
+    "Size": Operator(lambda x: math.prod(x.shape), sizes=True),
     "Slice": Operator(_slice, on_host=_slice_host, host=(1, 2, 3, 4)),
     "SpaceToDepth": Operator(_space_to_depth),
     "Split": Operator(_split, on_host=_split_host, host=(1,), many=True, counted=True),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from graphc.errors import BadInput
 from graphc.fx.dtypes import torch_dtype
 from graphc.fx.host import Operator
+from graphc.fx.operators.windows import conv
 
 _RANGES = {
     torch.int8: (-128, 127),
@@ -30,7 +33,7 @@ def _spread(parameter: Tensor, x: Tensor, axis: int, block_size: int) -> Tensor:
     return parameter.reshape(view)
 
 
-def _quantize(
+def quantize(
     x: Tensor,
     scale: Tensor,
     zero: Tensor | None = None,
@@ -51,7 +54,7 @@ def _quantize(
     return y.clamp(low, high).to(torch.int32).to(dtype)
 
 
-def _dequantize(
+def dequantize(
     x: Tensor,
     scale: Tensor,
     zero: Tensor | None = None,
@@ -67,7 +70,7 @@ def _dequantize(
     return y.to(torch_dtype(output_dtype)) if output_dtype else y
 
 
-def _dynamic_quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def dynamic_quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     zero = torch.zeros((), dtype=x.dtype, device=x.device)
     low, high = torch.minimum(x.amin(), zero), torch.maximum(x.amax(), zero)
     scale = (high - low) / 255
@@ -75,8 +78,70 @@ def _dynamic_quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.round(x / scale + point).clamp(0, 255).to(torch.uint8), scale, point.to(torch.uint8)
 
 
+def _qlinear_matmul(
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+) -> Tensor:
+    left = dequantize(a, a_scale, a_zero, axis=-2)
+    right = dequantize(b, b_scale, b_zero, axis=-1)
+    return quantize(left.float() @ right.float(), scale.float(), zero, axis=-2)
+
+
+def _qlinear_conv(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    w_zero: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    b: Tensor | None = None,
+    *,
+    auto_pad: str = "NOTSET",
+    dilations: Sequence[int] | None = None,
+    group: int = 1,
+    kernel_shape: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> Tensor:
+    data, weight = dequantize(x, x_scale, x_zero), dequantize(w, w_scale, w_zero, axis=0)
+    bias = None if b is None else b * (x_scale * w_scale)
+    y = conv(data, weight, bias, auto_pad=auto_pad, dilations=dilations, group=group, pads=pads, strides=strides)
+    return quantize(y, scale, zero)
+
+
+def _conv_integer(
+    x: Tensor,
+    w: Tensor,
+    x_zero: Tensor | None = None,
+    w_zero: Tensor | None = None,
+    *,
+    auto_pad: str = "NOTSET",
+    dilations: Sequence[int] | None = None,
+    group: int = 1,
+    kernel_shape: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> Tensor:
+    # Exact: products of 16 bits summed in 53.
+    one = torch.ones((), dtype=torch.float64, device=x.device)
+    data, weight = dequantize(x, one, x_zero), dequantize(w, one, w_zero, axis=0)
+    y = conv(data, weight, auto_pad=auto_pad, dilations=dilations, group=group, pads=pads, strides=strides)
+    return y.to(torch.int32)
+
+
 OPERATORS: dict[str, Operator] = {
-    "DequantizeLinear": Operator(_dequantize, fixed=(1, 2)),
-    "DynamicQuantizeLinear": Operator(_dynamic_quantize, many=True),
-    "QuantizeLinear": Operator(_quantize, fixed=(1, 2)),
+    "ConvInteger": Operator(_conv_integer),
+    "DequantizeLinear": Operator(dequantize, fixed=(1, 2)),
+    "DynamicQuantizeLinear": Operator(dynamic_quantize, many=True),
+    "QLinearConv": Operator(_qlinear_conv, fixed=(1, 4, 6)),
+    "QLinearMatMul": Operator(_qlinear_matmul, fixed=(1, 4, 6)),
+    "QuantizeLinear": Operator(quantize, fixed=(1, 2)),
 }

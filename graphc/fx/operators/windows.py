@@ -44,7 +44,7 @@ def _pad(x: Tensor, low: Ints, high: Ints, value: float = 0.0) -> Tensor:
     return F.pad(x, [n for pair in reversed(list(zip(low, high, strict=True))) for n in pair], value=value)
 
 
-def _conv(
+def conv(
     x: Tensor,
     w: Tensor,
     b: Tensor | None = None,
@@ -211,7 +211,7 @@ def _spatial(x: Tensor) -> tuple[int, ...]:
 
 OPERATORS: dict[str, Operator] = {
     "AveragePool": Operator(_average_pool),
-    "Conv": Operator(_conv),
+    "Conv": Operator(conv),
     "ConvTranspose": Operator(_conv_transpose),
     "GlobalAveragePool": Operator(lambda x: x.mean(_spatial(x), keepdim=True)),
     "GlobalLpPool": Operator(lambda x, p=2: (x.abs() ** p).sum(_spatial(x), keepdim=True) ** (1 / p)),
