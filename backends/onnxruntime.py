@@ -123,7 +123,10 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 _RUN = '''\
-"""Run the model beside this file: python run.py [INPUTS.npz]. It needs onnxruntime and numpy only."""
+"""Run the model beside this file: python run.py [INPUTS.npz] [NAME.onnx_adapter].
+
+It needs onnxruntime and numpy only.
+"""
 
 import json
 import sys
@@ -137,6 +140,8 @@ manifest = here / "graphc.json"
 settings = json.loads(manifest.read_text())["runtime"] if manifest.exists() else {}
 options = ort.SessionOptions()
 options.intra_op_num_threads = settings.get("threads", 0)
+if any(here.glob("*.onnx_adapter")):
+    options.log_severity_level = 3  # inputs with defaults are meant: adapters give them other values
 for key, value in settings.get("session_options", {}).items():
     options.add_session_config_entry(key, value)
 provider = settings.get("provider", "CPUExecutionProvider")
@@ -150,8 +155,17 @@ def zeros(value):
     return np.zeros(shape, {"float": "f4", "double": "f8", "string": object}.get(kind, kind))
 
 
-given = dict(np.load(sys.argv[1], allow_pickle=False)) if len(sys.argv) > 1 else {}
+chosen = ort.RunOptions()
+adapters = []  # they must outlive the run
+given = {}
+for name in sys.argv[1:]:
+    if name.endswith(".onnx_adapter"):
+        adapters.append(ort.LoraAdapter())
+        adapters[-1].Load(name)
+        chosen.add_active_adapter(adapters[-1])
+    else:
+        given = dict(np.load(name, allow_pickle=False))
 inputs = {value.name: given.get(value.name, zeros(value)) for value in session.get_inputs()}
-for value, result in zip(session.get_outputs(), session.run(None, inputs)):
+for value, result in zip(session.get_outputs(), session.run(None, inputs, chosen)):
     print(value.name, getattr(result, "dtype", type(result).__name__), np.shape(result))
 '''

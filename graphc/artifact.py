@@ -59,10 +59,17 @@ def describe(model: ir.Model, stored: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def place(report: Report, output: Path | None, settings: Settings, try_out: Callable[[Report, Path], None]) -> None:
+def place(
+    report: Report,
+    output: Path | None,
+    settings: Settings,
+    try_out: Callable[[Report, Path], None],
+    beside: Mapping[str, Callable[[Path], None]],
+) -> None:
     """Emit ``report.model``, have what was emitted tried out, and only then put it at ``output``.
 
-    Without an output nothing is emitted; on a dry run everything is done but the last step.
+    Without an output nothing is emitted; on a dry run everything is done but the last step. ``beside`` has writers of
+    further files, by name.
 
     Raises:
         BadInput: The output cannot be written.
@@ -76,6 +83,8 @@ def place(report: Report, output: Path | None, settings: Settings, try_out: Call
     make = files.staging if single or settings.dry_run else files.folder
     with make(output.absolute()) as staging:
         emitted = _emit(report.model, staging, output, settings)
+        for name, write in beside.items():
+            write(staging / name)
         main = emitted if single else emitted / "model.onnx"
         written = [p for p in staging.iterdir() if p.is_file() and p.name != files.MANIFEST]
         report.output = describe(report.model, [main, *(p for p in written if p != main)])

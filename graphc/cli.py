@@ -105,6 +105,27 @@ def _optimize(commands: Any) -> None:
     what.add_argument("--stop-after", metavar="PASS", help="stop after this pass; --resume goes on from the output")
     what.add_argument("--resume", action="store_true", help="go on with a model written by --stop-after")
     what.add_argument("--seed", type=int, default=0, help="seed of everything random (0)")
+    adapt = command.add_argument_group("adapters")
+    adapt.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="FOLDER[=WEIGHT]",
+        help="a PEFT adapter (LoRA, DoRA, AdaLoRA, IA3) to fold into the weights; repeatable",
+    )
+    adapt.add_argument(
+        "--adapter-mode",
+        choices=("fold", "dynamic"),
+        default="fold",
+        help="fold into the weights, or keep beside the model to switch at run time (fold)",
+    )
+    adapt.add_argument(
+        "--adapter-combine",
+        default="cat",
+        metavar="METHOD",
+        help="how several are combined: cat, linear, svd, ties, dare_linear, dare_ties, magnitude_prune, della, "
+        "star; with options: 'ties{density=0.5}' (cat: their sum)",
+    )
     passes = command.add_argument_group("options of passes, also settable in the recipe")
     passes.add_argument("--mask", metavar="FILE", help="prune: a safetensors file of booleans, true = keep")
     passes.add_argument(
@@ -204,6 +225,7 @@ def _verbosity(command: argparse.ArgumentParser) -> None:
 
 
 def _settings(a: Any) -> Settings:
+    from graphc.adapters import Adapters
     from graphc.gate import Gate
     from graphc.recipe import DEFAULT, Recipe, parse_backend
     from graphc.settings import Settings
@@ -220,6 +242,7 @@ def _settings(a: Any) -> Settings:
         recipe=recipe,
         recipe_given=bool(a.passes is not None or a.recipe or a.preset),
         target=parse_backend(a.target),
+        adapters=Adapters.of(a.adapter, a.adapter_mode, a.adapter_combine),
         data=_data(a.data, a.tokenizer),
         calibrate=_data(a.calibrate, a.tokenizer),
         gates=tuple(gates),

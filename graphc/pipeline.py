@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graphc.adapters import Adapter, Adapters
 from graphc.contract import Arrays, Backend, Context, Pass, no_progress
 from graphc.errors import BadInput, CheckFailed, nearest
 from graphc.gate import Gate, Judge
@@ -43,6 +44,9 @@ def optimize(
     max_drop: Mapping[str, float] | None = None,
     max_size: str | None = None,
     max_latency: str | None = None,
+    adapters: Sequence[str | Path | Adapter] = (),
+    adapter_mode: str = "fold",
+    adapter_combine: str = "cat",
     progress: Progress = no_progress,
     **settings: Any,
 ) -> Report:
@@ -58,6 +62,9 @@ def optimize(
         max_drop: Metric name to the largest value that lossy passes may cost, e.g. ``{"error": 0.01}``.
         max_size: Limit of the output, e.g. ``"10MB"`` or ``"0.5x"``.
         max_latency: Limit of the latency, e.g. ``"5ms"`` or ``"0.8x"``.
+        adapters: PEFT folders, each perhaps with its weight: ``"folder=0.5"`` or ``Adapter(folder, 0.5)``.
+        adapter_mode: ``"fold"`` them into the weights, or keep them ``"dynamic"``, to be switched at run time.
+        adapter_combine: How several are made into one, e.g. ``"ties{density=0.3}"``; see ``graphc.adapters.combine``.
         progress: Called as ``progress(what, done, total)``.
         **settings: Further fields of ``Settings``.
 
@@ -81,6 +88,7 @@ def optimize(
             recipe=chosen,
             recipe_given=recipe is not None,
             target=parse_backend(target) if isinstance(target, str) else target,
+            adapters=Adapters.of(adapters, adapter_mode, adapter_combine),
             data=origin(data),
             calibrate=origin(calibrate),
             gates=tuple(gates),
@@ -153,20 +161,26 @@ def run(
         artifact.check_output(source if isinstance(source, Path) else source.path, output)
     progress("loading", 0, 0)
     loaded = frontends.load(source) if isinstance(source, Path) else source
+    described = artifact.describe(loaded.original, loaded.files)
+    if settings.adapters:
+        loaded = _adapted(loaded, settings, progress)
     work = _Work(loaded, settings, progress)
     recipe, done = _resumed(loaded, settings)
     now, later = _until(recipe, settings.stop_after)
     done = work.run(now, done)
     report = Report(
-        input=artifact.describe(loaded.original, loaded.files),
+        input=described,
         target=settings.target.spec(),
         recipe=recipe.text(),
         passes=done.passes,
         rewrite=done.rewrite,
         approximation=done.approximation,
-        warnings=done.warnings,
+        measurements=dict(loaded.measurements),
+        warnings=[*loaded.warnings, *done.warnings],
         model=done.model,
     )
+    if loaded.adapted is not None and loaded.adapted not in report.passes:
+        report.passes = [loaded.adapted, *report.passes]
     if settings.strict and not report.ok:
         failed = next(p for p in done.passes if p.error)
         raise CheckFailed(
@@ -179,12 +193,25 @@ def run(
         state = {"recipe": Recipe(later).text(), "done": done.to_json()}
         done.model.metadata_props[RESUME] = json.dumps(state, sort_keys=True)
     files = [*loaded.files, *inputs, *recipe.files(), *_files(settings.data), *_files(settings.calibrate)]
-    artifact.place(report, output, settings, work.try_out)
+    artifact.place(report, output, settings, work.try_out, loaded.beside)
     if depfile is not None and output is not None and not settings.dry_run:
         artifact.write_depfile(depfile, output, files)
     if report_file is not None:
         report.write(report_file)
     return report
+
+
+def _adapted(loaded: Source, settings: Settings, progress: Progress) -> Source:
+    from graphc.adapters import adapted
+
+    if settings.resume:
+        raise BadInput(
+            "adapters cannot be given when a run is resumed",
+            why="what --stop-after wrote has its adapters already",
+            hint="leave --adapter out",
+        )
+    progress("reading adapters", 0, 0)
+    return adapted(loaded, settings.adapters, settings.seed)
 
 
 @dataclass
@@ -317,6 +344,7 @@ class _Work:
             gates=[str(gate) for gate in self.settings.gates],
             data=[_hash(self.settings.data, self.checking), _hash(self.settings.calibrate, self.calibrating)],
             settings=[self.settings.seed, self.settings.verify, self.settings.unchecked],
+            adapters=self.settings.adapters.key(),
             versions=environment.versions(),
             code=cache.code_hash(),
         )

@@ -120,12 +120,17 @@ class Recipe:
         return "\n".join(lines)
 
 
+def specs(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Read ``name{option=value ...}``, any number of them separated by commas."""
+    return list(_Parser(text).specs())
+
+
 def parse_backend(text: str) -> Backend:
     """Read a target: ``name{option=value ...}`` of a backend."""
-    specs = list(_Parser(text).specs())
-    if len(specs) != 1:
+    parsed = specs(text)
+    if len(parsed) != 1:
         raise BadInput("a target is one backend", where=repr(text), hint="e.g. -t onnxruntime")
-    name, options = specs[0]
+    name, options = parsed[0]
     return build(registry.backend_class(name), name, options)
 
 

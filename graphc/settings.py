@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from graphc.adapters import Adapters
 from graphc.contract import Backend
 from graphc.gate import Gate
 from graphc.recipe import Recipe
@@ -20,6 +21,7 @@ class Settings:
     recipe: Recipe
     target: Backend
     recipe_given: bool = True
+    adapters: Adapters = field(default_factory=Adapters)
     data: Origin | None = None
     calibrate: Origin | None = None
     gates: tuple[Gate, ...] = ()

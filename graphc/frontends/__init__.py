@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from graphc.contract import PassResult
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from graphc.report import PassReport
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,10 @@ class Source:
         path: The file or folder it was loaded from.
         files: All files that were read or mapped, the model's first.
         result: What was converted and repaired, and what could not be.
+        adapted: What adapters did to both, if there were any.
+        warnings: What the user should know.
+        measurements: What was measured on the way, for the report.
+        beside: Writers of files that belong beside the output, by name.
     """
 
     model: ir.Model
@@ -29,6 +36,10 @@ class Source:
     path: Path
     files: tuple[Path, ...]
     result: PassResult
+    adapted: PassReport | None = None
+    warnings: tuple[str, ...] = ()
+    measurements: Mapping[str, Any] = field(default_factory=dict)
+    beside: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
 
 
 def load(path: str | Path) -> Source:
