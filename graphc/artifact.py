@@ -91,7 +91,7 @@ def place(
         report.output["path"] = "" if settings.dry_run else str(output)
         try_out(report, emitted)
         if not single:
-            _write_json(emitted / files.MANIFEST, _manifest(report, written, emitted))
+            _write_json(emitted / files.MANIFEST, _manifest(report, written, emitted) | settings.adapters.manifest())
             report.write(emitted / "report.json")
         elif not settings.dry_run:
             _move(emitted, output.absolute())

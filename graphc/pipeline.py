@@ -168,6 +168,8 @@ def run(
     recipe, done = _resumed(loaded, settings)
     now, later = _until(recipe, settings.stop_after)
     done = work.run(now, done)
+    done.passes[:0] = [loaded.adapted] if loaded.adapted else []
+    done.warnings[:0] = loaded.warnings
     report = Report(
         input=described,
         target=settings.target.spec(),
@@ -176,11 +178,9 @@ def run(
         rewrite=done.rewrite,
         approximation=done.approximation,
         measurements=dict(loaded.measurements),
-        warnings=[*loaded.warnings, *done.warnings],
+        warnings=done.warnings,
         model=done.model,
     )
-    if loaded.adapted is not None and loaded.adapted not in report.passes:
-        report.passes = [loaded.adapted, *report.passes]
     if settings.strict and not report.ok:
         failed = next(p for p in done.passes if p.error)
         raise CheckFailed(

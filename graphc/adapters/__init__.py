@@ -100,6 +100,26 @@ class Adapters:
         options = "" if self.combine == "cat" else f" combine={self.combine}"
         return f"{self.mode}: {', '.join(each.text() for each in self.given)}{options}"
 
+    def manifest(self) -> dict[str, Any]:
+        """What an artifact says of its adapters: the same wherever their folders are."""
+        if not self.given:
+            return {}
+        from graphc.adapters.folder import weights_file
+        from graphc.cache import file_hash
+
+        return {
+            "adapters": [
+                {
+                    "name": each.folder.resolve().name,
+                    "sha256": file_hash(weights_file(each.folder)),
+                    "weight": each.weight,
+                }
+                for each in self.given
+            ],
+            "adapter_mode": self.mode,
+            "adapter_combine": self.combine,
+        }
+
     def key(self) -> list[Any]:
         """What decides on the result, besides the files."""
         return [self.mode, self.combine, [each.weight for each in self.given]]

@@ -87,17 +87,23 @@ def read(path: Path, weight: float = 1.0) -> Folder:
         what = "the adapter is no folder" if path.exists() else "there is no such adapter"
         raise BadInput(what, where=str(path), hint=f"give the folder with {CONFIG}")
     config = _config(path / CONFIG)
-    source = path / TENSORS
-    if source.is_file():
-        tensors = _safetensors(source)
-    elif (path / PICKLED).is_file():
-        source = path / PICKLED
-        tensors = _pickled(source)
-    else:
-        raise BadInput("the adapter has no weights", where=str(path), why=f"there is no {TENSORS}")
+    source = weights_file(path)
+    tensors = _pickled(source) if source.name == PICKLED else _safetensors(source)
     found = Folder(path, weight, config, dict(_stripped(tensors)), (path / CONFIG, source))
     _check(found)
     return found
+
+
+def weights_file(path: Path) -> Path:
+    """The file of an adapter folder that has its weights.
+
+    Raises:
+        BadInput: There is none.
+    """
+    for name in (TENSORS, PICKLED):
+        if (path / name).is_file():
+            return path / name
+    raise BadInput("the adapter has no weights", where=str(path), why=f"there is no {TENSORS}")
 
 
 def _config(path: Path) -> dict[str, Any]:
