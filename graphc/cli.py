@@ -163,6 +163,7 @@ def _inspect(commands: Any) -> None:
     what = command.add_mutually_exclusive_group()
     what.add_argument("--text", action="store_true", help="print the whole graph as text")
     what.add_argument("--groups", action="store_true", help="show what can be cut together, and what cannot and why")
+    what.add_argument("--blocks", action="store_true", help="show the blocks and residual branches that can be dropped")
     draw = command.add_mutually_exclusive_group()
     draw.add_argument("--dot", nargs="?", const="-", metavar="FILE", help="draw the groups for Graphviz")
     draw.add_argument("--svg", nargs="?", const="-", metavar="FILE", help="draw the groups as a picture")
@@ -300,6 +301,8 @@ def _run_inspect(a: Any) -> int:
         return ExitCode.OK
     if a.groups or a.dot or a.svg:
         return _show_groups(a)
+    if a.blocks:
+        return _show_blocks(a)
     from graphc.inspection import inspect
 
     found = inspect(a.model)
@@ -336,6 +339,22 @@ def _show_groups(a: Any) -> int:
         from graphc.views.terminal import show_groups
 
         show_groups(found)
+    return ExitCode.OK
+
+
+def _show_blocks(a: Any) -> int:
+    from graphc.depth.structure import find
+    from graphc.frontends import load
+
+    found = find(load(a.model).model)
+    if a.json:
+        from graphc.views import blocks
+
+        _print_json(blocks.document(found))
+    else:
+        from graphc.views.terminal import show_blocks
+
+        show_blocks(found)
     return ExitCode.OK
 
 

@@ -53,12 +53,14 @@ class SimilarityOf(Request[Similarity]):
 
     Attributes:
         a, b: Their names: what goes into a block, and what comes out of it.
+        axis: The axis of the channels that are compared.
     """
 
     statistic = Similarity
 
     a: str
     b: str
+    axis: int = -1
 
     def values(self) -> tuple[str, ...]:
         return (self.a, self.b)
@@ -67,6 +69,7 @@ class SimilarityOf(Request[Similarity]):
         a, b = (finite(x, n) for x, n in zip(arrays, self.values(), strict=True))
         if a.shape != b.shape:
             raise ValueError(f"'{self.a}' has shape {a.shape} and '{self.b}' {b.shape}")
+        a, b = (np.moveaxis(x, self.axis, -1) for x in (a, b))
         keep = valid.rows(a.shape[:-1])
         a, b = (x.reshape(-1, x.shape[-1]).astype(np.float64) for x in (a, b))
         norms = [np.linalg.norm(x, axis=1) for x in (a, b)]

@@ -13,6 +13,7 @@ from graphc.views.units import count, percent, seconds, size
 
 if TYPE_CHECKING:
     from graphc.axes.groups import Groups
+    from graphc.depth.structure import Structure
 
 Document = Mapping[str, Any]
 
@@ -192,6 +193,21 @@ def show_groups(groups: Groups) -> None:
             table.add_row(str(len(where)), escape(reason), escape(where[0]))
         console.print(table)
     console.print("[dim]graphc explain MODEL NAME says what goes with a group, or why an axis is fixed[/]")
+
+
+def show_blocks(structure: Structure) -> None:
+    """The blocks of a model, and what each would save."""
+    from graphc.views.blocks import rows
+
+    console = _console()
+    if not structure.blocks:
+        console.print("no residual branch was found: nothing that drop-blocks could take out")
+        return
+    table = _table("block", "first ... last node", "params", "FLOPs", "can go", right=(2, 3))
+    for row in rows(structure):
+        table.add_row(*map(escape, row))
+    console.print(table)
+    console.print("[dim]FLOPs: every dynamic dimension 1. drop-blocks takes out the least important ones[/]")
 
 
 def show_catalogue(found: Document) -> None:
