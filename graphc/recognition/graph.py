@@ -28,6 +28,7 @@ class Graph(Rewriter):
     def __init__(self, model: ir.Model, enabled: frozenset[str], target: Capabilities) -> None:
         super().__init__(model, enabled)
         self.target = target
+        self.made: dict[tuple[object, ...], ir.Value] = {}
         self.constants: dict[tuple[ir.Graph | ir.Function | None, bytes], ir.Value] = {}
 
     def fact(self, value: ir.Value | None) -> Fact:

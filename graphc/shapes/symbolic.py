@@ -213,6 +213,10 @@ def minimum(a: Dim, b: Dim) -> Dim:
     return _extreme("min", a, b)
 
 
+_MINIMA: dict[Expr, tuple[Dim, Dim]] = {}
+"""What the atoms that stand for a minimum are the minimum of."""
+
+
 def _extreme(how: str, a: Dim, b: Dim) -> Dim:
     if isinstance(a, int) and isinstance(b, int):
         return max(a, b) if how == "max" else min(a, b)
@@ -221,13 +225,17 @@ def _extreme(how: str, a: Dim, b: Dim) -> Dim:
     if nonnegative(sub(b, a)):
         return b if how == "max" else a
     first, second = sorted((a, b), key=str)
-    return _opaque(f"{how}({first}, {second})", signed=not (nonnegative(a) and nonnegative(b)))
+    extreme = _opaque(f"{how}({first}, {second})", signed=not (nonnegative(a) and nonnegative(b)))
+    if how == "min":
+        _MINIMA[extreme] = (a, b)
+    return extreme
 
 
 def broadcast(a: Dim, b: Dim) -> Dim:
     """The size of two aligned dims after multidirectional broadcasting, if the model is valid at all.
 
-    ``n`` against 1 is ``n``; ``n`` against a constant other than 1 is that constant.
+    ``n`` against 1 is ``n``; ``n`` against a constant other than 1 is that constant; ``n`` against ``min(n, 64)``,
+    a slice of a table of positions, is ``n``: where the two differ, neither is 1.
     """
     if b in (a, 1):
         return a
@@ -235,6 +243,10 @@ def broadcast(a: Dim, b: Dim) -> Dim:
         return b
     if isinstance(a, int):
         return a
+    for whole, part in ((a, b), (b, a)):
+        bounds = _MINIMA.get(part, ())
+        if whole in bounds and all(bound == whole or (isinstance(bound, int) and bound > 1) for bound in bounds):
+            return whole
     first, second = sorted((a, b), key=str)
     return _opaque(f"broadcast({first}, {second})")
 

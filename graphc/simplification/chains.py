@@ -303,3 +303,24 @@ def _slices(node: ir.Node, sweep: Sweep) -> Outcome:
             merged.append((start, end, axis, step))
     columns = [np.array(column, np.int64) for column in zip(*merged, strict=True)]
     return Become([before.inputs[0], *columns], {}, "Slices merged")
+
+
+@RULES.add("SequenceAt")
+def _item_of_parts(node: ir.Node, sweep: Sweep) -> Outcome:
+    """One part of a split into a sequence, as exporters write ``torch.split``."""
+    split, index = _producer(node, "SplitToSequence"), sweep.facts.scalar(node.inputs[1])
+    shape = None if split is None else sweep.facts(split.inputs[0]).shape
+    if split is None or shape is None or index is None:
+        return None
+    axis = attribute(split, "axis", 0) % len(shape)
+    whole = shape[axis]
+    sizes = sweep.facts.array(split.inputs[1]) if len(split.inputs) > 1 else np.array(1)
+    if not isinstance(whole, int) or sizes is None or (len(split.inputs) < 2 and not attribute(split, "keepdims", 1)):
+        return None
+    if not sizes.ndim:
+        sizes = np.diff([*range(0, whole, int(sizes)), whole])
+    if not -len(sizes) <= index < len(sizes) or int(sizes.sum()) != whole:
+        return None
+    bounds = np.concatenate([[0], np.cumsum(sizes)])[index % len(sizes) :][:2]
+    begin, end, at = (np.array([n], np.int64) for n in (*bounds, axis))
+    return Become([split.inputs[0], begin, end, at], {}, "SequenceAt of parts made a Slice", "Slice")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from graphc import edit
 from graphc.shapes import Shape
 from graphc.shapes.symbolic import Dim
 from graphc.simplification.rules import Become, Outcome, Rules
@@ -53,6 +54,7 @@ class Sources:
     "Mul",
     "Div",
     "Where",
+    "Shape",
 )
 def _read_off(node: ir.Node, sweep: Sweep) -> Outcome:
     fact = sweep.facts(node.outputs[0])
@@ -65,6 +67,8 @@ def _read_off(node: ir.Node, sweep: Sweep) -> Outcome:
     if found is None:
         return None
     value, axis = found
+    if value is node.inputs[0] and edit.is_op(node, "Shape"):
+        return None
     rank = sweep.facts(value).rank
     attributes = {} if axis == 0 and rank == len(dims) else {"start": axis, "end": axis + len(dims)}
     return Become([value], attributes, "size read off a tensor", "Shape")

@@ -1,0 +1,379 @@
+"""Scaled dot-product attention, in whatever way heads, scale, masks and repeated keys are written, becomes Attention.
+
+Around every softmax along the last axis lie two products. Which axes of queries, keys, values and result are batch,
+heads, positions and channels follows from which of them the products share; see :mod:`graphc.recognition.layout`. From
+there on only this normal form matters:
+
+    softmax(scale * q k^T + mask) v,   q: b (g r) s d,   k: b g t d,   v: b g t n,   mask: broadcast to b (g r) s t
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from graphc import edit
+from graphc.recognition import masks, products
+from graphc.recognition import scores as reading
+from graphc.recognition.graph import Graph
+from graphc.recognition.layout import Axes, Axis, Leaf, Place, arrange, moved, reachable, resolve, settled, size, trace
+from graphc.recognition.scores import Scores
+from graphc.rewrites.base import Refused, Rewriter, Rule, sole_reader
+
+_DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+
+_NEW = 2
+"""What a transpose that the model does not have counts for, in those that it has."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Which leaves are batch, heads, positions and channels.
+
+    Attributes:
+        batch, heads: Of queries; ``heads`` are the ``shared`` ones of keys and values, then how often each is repeated.
+        shared: Heads of keys and values.
+        queries, keys: Positions.
+        inner, outer: Channels of queries and keys, and of values.
+    """
+
+    batch: Axis
+    heads: Axis
+    shared: Axis
+    queries: Axis
+    keys: Axis
+    inner: Axis
+    outer: Axis
+
+    def flat(self) -> dict[str, Axes]:
+        """The axes of each role with heads in the last axis: ``b s (h d)``."""
+        return {
+            "q": (self.batch, self.queries, self.heads + self.inner),
+            "k": (self.batch, self.keys, self.shared + self.inner),
+            "v": (self.batch, self.keys, self.shared + self.outer),
+            "y": (self.batch, self.queries, self.heads + self.outer),
+        }
+
+    def deep(self) -> dict[str, Axes]:
+        """The axes of each role with heads as an axis: ``b h s d``."""
+        return {
+            "q": (self.batch, self.heads, self.queries, self.inner),
+            "k": (self.batch, self.shared, self.keys, self.inner),
+            "v": (self.batch, self.shared, self.keys, self.outer),
+            "y": (self.batch, self.heads, self.queries, self.outer),
+        }
+
+
+def recognise(node: ir.Node, rewriter: Rewriter) -> str | None:
+    """Replace the attention around a softmax."""
+    assert isinstance(rewriter, Graph)
+    graph = rewriter
+    found = _weighted(node)
+    if found is None:
+        return None
+    product, side, guarded, between = found
+    source = node.inputs[0]
+    assert source is not None
+    path = reading.find_product(source)
+    if path is None:
+        return None
+    rank, axis = graph.rank(source), edit.attribute(node, "axis", -1)
+    if rank is None:
+        raise Refused("the rank of the scores is not known")
+    if axis % rank != rank - 1:
+        raise Refused(f"the softmax is over axis {axis}, not the last")
+    _only_here([*path, node, *between])
+    scores = reading.read(path, graph)
+    axes = scores.axes
+    for each in between:
+        after = moved(each, axes, graph) if not edit.is_op(each, "Cast") else axes
+        if after is None:
+            raise Refused("how the weights are reshaped cannot be followed")
+        axes = after
+    second = products.read(product, graph, (side, axes))
+    return _Attention(graph, node, scores, second, side, guarded).replace()
+
+
+def _weighted(node: ir.Node) -> tuple[ir.Node, int, bool, list[ir.Node]] | None:
+    """The product of the softmax with values, at which input it is, whether NaN becomes 0, and what lies between."""
+    value, guarded = node.outputs[0], False
+    between: list[ir.Node] = []
+    for _ in range(8):
+        readers = list(dict.fromkeys(value.consumers()))
+        guard = _guard(value, readers)
+        if guard is not None:
+            guarded, value = True, guard.outputs[0]
+            continue
+        found = next((n for n in readers if products.is_product(n)), None)
+        if found is not None:
+            side = 0 if found.inputs[0] is value else 1
+            return None if found.inputs[1 - side] is value else (found, side, guarded, between)
+        following = next(
+            (n for n in readers if edit.is_op(n, "Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze")), None
+        )
+        if following is None:
+            return None
+        between.append(following)
+        value = following.outputs[0]
+    return None
+
+
+def _guard(value: ir.Value, readers: Sequence[ir.Node]) -> ir.Node | None:
+    """The Where of ``where(isnan(value), 0, value)``."""
+    test = next((n for n in readers if edit.is_op(n, "IsNaN")), None)
+    choice = next((n for n in readers if edit.is_op(n, "Where")), None)
+    if len(readers) != 2 or test is None or choice is None or value.is_graph_output():
+        return None
+    condition, zero, other = choice.inputs
+    if condition is test.outputs[0] and other is value and edit.scalar(zero) == 0 and len(test.outputs[0].uses()) == 1:
+        return choice
+    return None
+
+
+def _only_here(nodes: Sequence[ir.Node]) -> None:
+    """Refuse an attention whose scores or weights anybody else wants."""
+    inside = set(nodes)
+    for node in nodes:
+        value = node.outputs[0]
+        readers = list(dict.fromkeys(value.consumers()))
+        if value.is_graph_output():
+            raise Refused("the scores or the weights of the attention are an output of the graph")
+        others = [n for n in readers if n not in inside and not _measures(n, inside)]
+        if len(others) > (node is nodes[-1]) and _guard(value, readers) is None:
+            raise Refused("the scores or the weights of the attention are read elsewhere")
+
+
+def _measures(node: ir.Node, inside: set[ir.Node], depth: int = 6) -> bool:
+    """Whether a node reads a shape that only the attention itself needs."""
+    if depth == 6 and not edit.is_op(node, "Shape"):
+        return False
+    return depth > 0 and all(
+        not value.is_graph_output()
+        and all(n in inside or _measures(n, inside, depth - 1) for n in dict.fromkeys(value.consumers()))
+        for value in node.outputs
+    )
+
+
+class _Attention:
+    """One attention: its operands as places, its heads, and the operator in its place.
+
+    Args:
+        graph: The graph.
+        softmax: The softmax.
+        scores: What it is taken of.
+        second: The product of its result with values.
+        side: At which input of that product the weights are.
+        guarded: Whether NaN in the weights becomes 0.
+    """
+
+    def __init__(
+        self, graph: Graph, softmax: ir.Node, scores: Scores, second: products.Product, side: int, guarded: bool
+    ) -> None:
+        self.graph, self.softmax, self.scores, self.second = graph, softmax, scores, second
+        self.guarded = guarded
+        keys = set(resolve(scores.axes[-1]))
+        first = scores.product
+        sides = [i for i in (0, 1) if keys & set(_flat(first.operands[i]))]
+        if len(sides) != 1 or second.summed != keys:
+            raise Refused("the values are not weighted along the axis of the softmax")
+        k, q = sides[0], 1 - sides[0]
+        self.places: dict[str, list[Place]] = {
+            "q": list(trace(first.values[q], first.operands[q], graph)),
+            "k": list(trace(first.values[k], first.operands[k], graph)),
+            "v": list(trace(second.values[1 - side], second.operands[1 - side], graph)),
+        }
+        self.out = list(_onwards(second.node, second.result, graph))
+        self.heads = self._heads(keys)
+
+    def _heads(self, keys: set[Leaf]) -> Heads:
+        first, second = self.scores.product, self.second
+        q, k, v = (self.places[role][0].axes for role in "qkv")
+        inner = first.summed
+        shared_q = set(_flat(q)) - inner
+        queries = tuple(leaf for leaf in _flat(q) if leaf in shared_q - set(_flat(k)) and self._alone(leaf, q))
+        outer = tuple(leaf for leaf in _flat(v) if leaf not in keys and leaf in set(_flat(second.result)) - shared_q)
+        taken = {*inner, *queries, *keys, *outer}
+        rest = tuple(leaf for leaf in _flat(q) if leaf not in taken)
+        heads = self._merged(set(rest), inner, set(outer))
+        if not heads:
+            batch_axes = [axis for axis in settled(q) if set(axis) <= set(rest)]
+            heads = tuple(leaf for axis in batch_axes[1:] for leaf in axis)
+        batch = tuple(leaf for leaf in rest if leaf not in heads)
+        copied = self._copies("k"), self._copies("v")
+        here = [set(_flat(self.places[role][0].axes)) - copied[i] for i, role in enumerate("kv")]
+        if not set(batch) <= here[0] & here[1]:
+            raise Refused("keys or values are shared by the whole batch")
+        shared = tuple(leaf for leaf in heads if leaf in here[0])
+        if shared != tuple(leaf for leaf in heads if leaf in here[1]):
+            raise Refused("keys and values have different heads")
+        if heads[: len(shared)] != shared:
+            raise Refused("the heads of the keys are repeated in another order than that of the queries")
+        ordered = [tuple(leaf for leaf in _flat(q) if leaf in inner), tuple(leaf for leaf in _flat(k) if leaf in inner)]
+        along = [tuple(leaf for leaf in _flat(k) if leaf in keys), tuple(leaf for leaf in _flat(v) if leaf in keys)]
+        if ordered[0] != ordered[1] or along[0] != along[1]:
+            raise Refused("queries, keys and values are not in one order")
+        found = Heads(batch, heads, shared, queries, along[0], ordered[0], outer)
+        if any(not isinstance(size(axis), int) for axis in (found.heads, found.inner, found.outer)):
+            raise Refused("the number or the size of the heads is not known")
+        everything = {*_flat(self.second.result)}
+        if everything != {*batch, *heads, *queries, *outer}:
+            raise Refused("the result has axes that queries and values do not have")
+        return found
+
+    def _alone(self, leaf: Leaf, q: Axes) -> bool:
+        """Whether a leaf of the queries lies in the axis of their positions, not among batch and heads."""
+        first = self.scores.product
+        k_side = 0 if self.places["k"][0].value is first.values[0] else 1
+        batch = len(first.result) - 2 if edit.is_op(first.node, "MatMul") else None
+        if batch is not None:
+            return leaf in resolve(first.result[-2 if k_side == 1 else -1])
+        return True
+
+    def _merged(self, rest: set[Leaf], inner: frozenset[Leaf], outer: set[Leaf]) -> Axis:
+        """The batch leaves that lie in one axis with channels somewhere: heads."""
+        for places, channels in ((self.places["q"], inner), (self.places["k"], inner), (self.places["v"], outer)):
+            for place in reversed(places):
+                for axis in settled(place.axes):
+                    merged = tuple(leaf for leaf in axis if leaf in rest)
+                    if merged and set(axis) & set(channels):
+                        return self._with_copies(merged, rest)
+        for _, axes in reversed(self.out):
+            for axis in settled(axes):
+                merged = tuple(leaf for leaf in axis if leaf in rest)
+                if merged and set(axis) & outer:
+                    return merged
+        return ()
+
+    def _with_copies(self, merged: Axis, rest: set[Leaf]) -> Axis:
+        """Heads, and along which leaves keys or values are copied to them, in the order that queries have them."""
+        copied = (self._copies("k") | self._copies("v")) & rest
+        return tuple(leaf for leaf in _flat(self.places["q"][0].axes) if leaf in {*merged, *copied})
+
+    def _copies(self, role: str) -> frozenset[Leaf]:
+        return frozenset(leaf for place in self.places[role] for leaf in place.copies())
+
+    def replace(self) -> str:
+        """Choose the layout with the fewest transposes, write the operator, remove what it replaces."""
+        graph, heads = self.graph, self.heads
+        value = self.places["v"][0].value
+        dtype = graph.dtype(value)
+        if dtype not in _DTYPES or graph.dtype(self.places["q"][0].value) != dtype:
+            raise Refused(f"attention in {dtype.name.lower() if dtype else 'an unknown dtype'} is not covered")
+        if graph.dtype(self.second.node.outputs[0]) != dtype:
+            raise Refused("the attention changes its dtype")
+        factor = 1.0
+        plans = {}
+        for form, wanted in (("flat", heads.flat()), ("deep", heads.deep())):
+            plans[form] = {role: self._best(role, wanted[role]) for role in "qkv"}, self._end(wanted["y"])
+        costs = {
+            form: None if None in roles.values() or end is None else sum(p[0] for p in roles.values() if p) + end[0]
+            for form, (roles, end) in plans.items()
+        }
+        usable = [(cost, form) for form, cost in costs.items() if cost is not None]
+        if not usable:
+            raise Refused("the layout of queries, keys and values cannot be written with constant shapes")
+        form = min(usable, key=lambda item: (item[0], item[1] == "deep"))[1]
+        roles, end = plans[form]
+        assert end is not None
+        for role in "qk":
+            chosen = roles[role]
+            assert chosen is not None
+            factor *= chosen[1].factor
+        if roles["v"] is None or roles["v"][1].factor != 1.0:
+            raise Refused("the values are scaled")
+        scale = self.scores.scale * factor
+        if scale <= 0:
+            raise Refused("the scale of the scores is not positive")
+        before = self.second.node
+        mask = masks.build(self.scores, heads, self.places["q"], self.guarded, dtype, before, graph)
+        wanted = heads.flat() if form == "flat" else heads.deep()
+        inputs: list[ir.Value | None] = []
+        for role in "qkv":
+            chosen = roles[role]
+            assert chosen is not None
+            inputs.append(arrange(chosen[1], wanted[role], before, graph))
+        if mask is not None:
+            inputs.append(mask)
+        attributes: dict[str, float | int] = {"scale": scale}
+        if form == "flat":
+            attributes |= {"q_num_heads": int(size(heads.heads)), "kv_num_heads": int(size(heads.shared))}  # type: ignore[arg-type]
+        if self.scores.cap:
+            attributes["softcap"] = self.scores.cap
+        if self.scores.upcast is not None and self.scores.upcast != dtype:
+            attributes["softmax_precision"] = int(self.scores.upcast)
+        self._write(end, wanted["y"], inputs, attributes)
+        return "Attention recognised"
+
+    def _best(self, role: str, wanted: Axes) -> tuple[int, Place] | None:
+        """The cheapest place from which an operand has these axes, and what that costs."""
+        best: tuple[int, Place] | None = None
+        copies = self._copies(role)
+        for place in self.places[role]:
+            if set(_flat(place.axes)) & copies:
+                continue
+            turns = reachable(place, wanted, self.graph)
+            if turns is not None and (best is None or turns * _NEW + place_turns(self.places[role], place) <= best[0]):
+                best = turns * _NEW + place_turns(self.places[role], place), place
+        return best
+
+    def _end(self, wanted: Axes) -> tuple[int, ir.Value, Axes] | None:
+        """The value after the product from which on others may read the operator's result, and what that costs."""
+        best: tuple[int, ir.Value, Axes] | None = None
+        left = sum(edit.is_op(v.producer(), "Transpose") for v, _ in self.out[1:])
+        for value, axes in self.out:
+            if value is not self.out[0][0] and edit.is_op(value.producer(), "Transpose"):
+                left -= 1
+            turns = reachable(Place(value, wanted), settled(axes), self.graph)
+            if turns is not None and (best is None or turns * _NEW + left <= best[0]):
+                best = turns * _NEW + left, value, axes
+        return best
+
+    def _write(
+        self,
+        end: tuple[int, ir.Value, Axes],
+        wanted: Axes,
+        inputs: Sequence[ir.Value | None],
+        attributes: dict[str, float | int],
+    ) -> None:
+        graph, (_, value, axes) = self.graph, end
+        node = value.producer()
+        assert node is not None
+        stale = [v for n in {*[e.producer() for e, _ in self.out], node} if n is not None for v in n.inputs]
+        if settled(wanted) == settled(axes):
+            graph.supersede(node, "Attention", inputs, attributes)
+        else:
+            from graphc.recognition.layout import sizes
+
+            made = graph.make(node, "Attention", inputs, attributes, like=value, shape=sizes(settled(wanted)))
+            last = arrange(Place(made, settled(wanted)), settled(axes), node, graph)
+            graph.bypass(node, last)
+        graph.sweep(stale)
+
+
+def place_turns(places: Sequence[Place], place: Place) -> int:
+    """How many of the model's transposes lie behind a place, and stay when it is read."""
+    return places[-1].turns - place.turns
+
+
+def _flat(axes: Axes) -> Axis:
+    return tuple(leaf for axis in axes for leaf in resolve(axis))
+
+
+def _onwards(node: ir.Node, axes: Axes, graph: Graph) -> list[tuple[ir.Value, Axes]]:
+    """The result of a product, and the views of it that alone are read."""
+    found = [(node.outputs[0], axes)]
+    while True:
+        value, current = found[-1]
+        try:
+            following = sole_reader(value)
+        except Refused:
+            return found
+        after = moved(following, current, graph)
+        if after is None or edit.is_op(following, "Identity"):
+            return found
+        found.append((following.outputs[0], after))
+
+
+ATTENTION = Rule({"attention": "Attention, with heads, scale, mask and repeated keys."}, ("Softmax",), recognise)
