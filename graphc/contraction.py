@@ -7,7 +7,7 @@ MatMul with the weight on either side, Gemm, convolutions, stacks of weights and
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -30,6 +30,8 @@ class Contraction:
         parts: How many axes of ``order`` are groups, outputs, channels and kernel elements.
         scale: What the product is multiplied with (Gemm's alpha).
         grouped: The number of groups that the axis of the outputs falls into (grouped convolution).
+        output_axis: The axis of the node's output that the weight's outputs are.
+        shape: The weight's.
     """
 
     node: ir.Node
@@ -40,7 +42,8 @@ class Contraction:
     parts: tuple[int, int, int, int]
     scale: float = 1.0
     grouped: int = 1
-    shape: tuple[int, ...] = field(default=(), repr=False)
+    output_axis: int = -1
+    shape: tuple[int, ...] = ()
 
     @property
     def axis(self) -> int:
@@ -53,6 +56,11 @@ class Contraction:
         return MomentsOf(self._name, Rows(**{**vars(self.rows), "window": None}))
 
     @property
+    def patches(self) -> MomentsOf:
+        """The request for moments of the rows; of a convolution, of each kernel element of each channel."""
+        return MomentsOf(self._name, self.rows)
+
+    @property
     def gram(self) -> GramOf:
         """The request for the Gram matrix of the rows."""
         return GramOf(self._name, self.rows)
@@ -60,7 +68,8 @@ class Contraction:
     @property
     def output_gradients(self) -> GradientGramOf:
         """The request for the Gram matrix of the loss's gradient by the output's channels."""
-        return GradientGramOf(self.node.outputs[0].name or "", Rows(**{**vars(self.rows), "window": None}))
+        rows = Rows(**{**vars(self.rows), "window": None, "axis": self.output_axis})
+        return GradientGramOf(self.node.outputs[0].name or "", rows)
 
     @property
     def _name(self) -> str:
@@ -86,9 +95,16 @@ class Contraction:
         ordered = matrices.reshape([self.shape[a] for a in self.order])
         return np.ascontiguousarray(np.transpose(ordered, np.argsort(self.order)))
 
-    def columns(self, marked: Array) -> Array:
-        """Marks of every element of the weight's contracted axis as marks of the matrices' columns."""
-        return np.repeat(marked, self.window)
+    def as_output(self, vector: Array) -> Array:
+        """A number for each output of each matrix, ``(groups, outputs)``, shaped to broadcast to the node's output.
+
+        Not for picked weights, whose outputs depend on the pick.
+        """
+        if self.node.op_type == "Conv":
+            return vector.reshape(-1, *(1,) * self.parts[3])
+        if len(self.shape) > 2:
+            return vector.reshape(*self.shape[:-2], 1, self.shape[-1])
+        return vector.reshape(-1, 1) if self.output_axis in (0, -2) else vector.reshape(-1)
 
     def _sizes(self) -> tuple[int, int, int]:
         ends = np.cumsum(self.parts)
@@ -129,7 +145,7 @@ def _matmul(node: ir.Node) -> Contraction | str:
             return "the weight on the left is no matrix"
         if right.shape is None or len(right.shape) < 2:
             return "the rank of the activation is not known"
-        return Contraction(node, right, left, Rows(axis=-2), (0, 1), (0, 1, 1, 0), shape=shape)
+        return Contraction(node, right, left, Rows(axis=-2), (0, 1), (0, 1, 1, 0), output_axis=-2, shape=shape)
     return _picked(node, left, right)
 
 
@@ -164,7 +180,7 @@ def _picked(node: ir.Node, left: ir.Value, right: ir.Value) -> Contraction | str
         rows = Rows(axis=axis, by=index.name or "", size=shape[0])
         # x (k, n) reads the channels from axis 1, and x from the right of (m, k) from axis 2.
         order = (0, 2, 1) if axis == -1 else (0, 1, 2)
-        return Contraction(node, activation, stack, rows, order, (1, 1, 1, 0), shape=shape)
+        return Contraction(node, activation, stack, rows, order, (1, 1, 1, 0), output_axis=axis, shape=shape)
     return "neither operand is a constant"
 
 
@@ -179,7 +195,8 @@ def _gemm(node: ir.Node) -> Contraction | str:
     if (held := edit.tensor(left)) is not None and edit.tensor(right) is None:
         order = (1, 0) if attribute(node, "transA", 0) else (0, 1)
         axis = 1 if attribute(node, "transB", 0) else 0
-        return Contraction(node, right, left, Rows(axis=axis), order, (0, 1, 1, 0), scale, shape=_shape(held))
+        parts = (0, 1, 1, 0)
+        return Contraction(node, right, left, Rows(axis=axis), order, parts, scale, output_axis=0, shape=_shape(held))
     return "neither operand is a constant"
 
 
@@ -202,7 +219,7 @@ def _conv(node: ir.Node) -> Contraction | str:
     groups = int(attribute(node, "group", 1))
     order = tuple(range(len(shape)))
     rows = Rows(axis=1, groups=groups, window=window)
-    return Contraction(node, activation, weight, rows, order, (0, 1, 1, spatial), grouped=groups, shape=shape)
+    return Contraction(node, activation, weight, rows, order, (0, 1, 1, spatial), 1.0, groups, 1, shape)
 
 
 def _shape(held: ir.TensorProtocol) -> tuple[int, ...]:

@@ -194,6 +194,8 @@ def _coerce(value: Any, annotation: Any, option: str, where: str) -> Any:
             except BadInput:
                 continue
     elif origin is typing.Literal:
+        # The word 'none' is read as no value.
+        value = "none" if value is None and None not in args else value
         if value in args:
             return value
         raise BadInput(f"option {option} cannot be {value!r}", where=where, hint=nearest(str(value), map(str, args)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,9 +17,11 @@ from graphc.axes.groups import Group, Groups, analyse
 from graphc.contract import Context, Effect, Needs, Pass, PassResult, option
 from graphc.edit import Array
 from graphc.errors import BadInput, nearest
-from graphc.pruning import allocation, masks
+from graphc.pruning import allocation, compensation, masks
 from graphc.pruning.allocation import Keep, Limits
 from graphc.pruning.criteria import criterion
+from graphc.pruning.density import ORDERS, Setting
+from graphc.pruning.normalisation import NORMALISATIONS
 
 KINDS = ("channel", "head", "neuron")
 """What is pruned unless ``kinds`` says otherwise: width and experts are rarely safe to lose without healing."""
@@ -35,7 +37,26 @@ BACKOFF = (0.75, 0.5, 0.35, 0.2, 0.1)
 
 @dataclass(frozen=True)
 class Prune(Pass):
-    """Write the least important channels, heads and neurons dead, each with everything that belongs to it."""
+    """Write the least important channels, heads and neurons dead, each with everything that belongs to it.
+
+    What is least important is a choice of four, freely combined. Criteria, by what they need to know:
+
+    - weights: ``l1``, ``l2``; ``random``; ``router-distance`` (STUN, for experts);
+    - activations of the calibration data: ``activation`` (CFSP), ``mean-activation`` (AMP, neurons), ``wanda``,
+      ``fluctuation`` and ``flap`` (FLAP); for experts ``frequency`` and ``mass`` (UNCURL);
+    - how activations vary together: ``projection`` (AMP, heads), ``obs`` (what is lost when the rest makes up for it:
+      ZipLM, OSSCAR, DarwinLM);
+    - gradients, for which torch is needed: ``taylor``, ``taylor-second``, ``taylor-mix``, ``taylor-vector``
+      (LLM-Pruner), ``heapr`` (HEAPr);
+    - a file: ``scores``.
+
+    Allocations: ``uniform`` takes the same part of each group, ``global`` the lowest scores of all groups,
+    ``per-cost`` the lowest by what a unit costs, ``erk`` what layers' sizes call for, ``owl`` less where activations
+    have outliers, ``influence`` less where a layer turns the residual stream (CFSP).
+
+    Compensation, in the weights that read the units: ``mean`` (FLAP's bias), ``ls`` (least squares with an intercept,
+    never worse than the bias on the calibration data), ``obs`` (the same by optimal brain surgery), ``merge``.
+    """
 
     effect: ClassVar[Effect] = Effect.LOSSY
 
@@ -46,10 +67,19 @@ class Prune(Pass):
     kinds: tuple[str, ...] = option(KINDS, "Kinds of groups to prune; 'all' for every kind.")
     include: tuple[str, ...] = option((), "Patterns of group or weight names to prune; all if none is given.")
     exclude: tuple[str, ...] = option((), "Patterns of group or weight names to leave alone.")
-    scope: Literal["global", "group"] = option(
-        "group", "'group' takes the same part of each group, 'global' compares the units of all groups."
+    allocate: Literal["uniform", "global", "per-cost", "erk", "owl", "influence"] = option(
+        "uniform", "How the budget is spread over groups, see below; 'global' compares the units of all groups."
     )
-    criterion: str = option("l2", "How units are ranked: l1, l2, random, or scores from a file.")
+    criterion: str = option("l2", "How units are ranked within a group, see below; 'scores' takes a file's.")
+    normalise: Literal["auto", "none", "mean", "zscore", "l2", "minmax", "rank", "lamp"] = option(
+        "auto", "How scores of different groups are made comparable; 'auto' divides by the mean where they are not."
+    )
+    compensate: Literal["none", "mean", "ls", "obs", "merge"] = option(
+        "none", "How the rest makes up for what goes: by a bias (mean), least squares (ls, obs), or similar units."
+    )
+    sequential: bool = option(
+        False, "Whether later layers are refitted on what earlier ones have become; costs a run of the data each."
+    )
     scores: Path | None = option(  # noqa: RUF009
         None, "A safetensors file with a score per unit, for criterion=scores."
     )
@@ -83,10 +113,27 @@ class Prune(Pass):
             raise BadInput("a mask leaves no ratio to choose", where=where, hint="give either mask or ratio")
         if self.criterion != "scores":
             criterion(self.criterion)
+        if self.sequential and self.compensate == "none":
+            raise BadInput("sequential refits, and compensate=none does not", where=where, hint="compensate=ls")
 
     def needs(self, model: ir.Model) -> Needs:
-        wanted = None if self.mask is not None or self.criterion == "scores" else criterion(self.criterion).needs
-        return Needs() if wanted is None else wanted(model, analyse(model, interface=self.allow_interface))
+        groups = analyse(model, interface=self.allow_interface)
+        if self.mask is not None:
+            named = masks.keep(masks.read(self.mask), groups, where=str(self.mask))
+            chosen = [groups[name] for name in named]
+            wanted = []
+        elif not self.ratio:
+            return Needs()
+        else:
+            chosen = self._chosen(groups, PassResult())
+            asking = [] if self.criterion == "scores" else [criterion(self.criterion).needs]
+            asking.append(ORDERS[self.allocate].needs)
+            wanted = [ask(groups, chosen) for ask in asking if ask is not None]
+        if self.sequential:
+            wanted.append(Needs(calibration=True))
+        else:
+            wanted.append(compensation.needs(groups, chosen, self.compensate))
+        return Needs(frozenset().union(*(each.statistics for each in wanted)), any(each.calibration for each in wanted))
 
     def levels(self, model: ir.Model) -> Sequence[Pass]:
         if self.mask is not None:
@@ -107,10 +154,26 @@ class Prune(Pass):
         if problems := cut.check(groups, keep):
             raise BadInput("the mask cannot be applied", where="prune", why="; ".join(problems[:3]))
         if keep:
-            cut.zero(model, groups, keep)
+            self._write(model, groups, keep, ctx, result)
         for name, mask in keep.items():
             result.change(f"{groups[name].kind} written dead", int(np.size(mask) - np.count_nonzero(mask)))
         return result
+
+    def _write(self, model: ir.Model, groups: Groups, keep: Keep, ctx: Context, result: PassResult) -> None:
+        """Write units dead, and let the rest make up for them."""
+        if not self.sequential:
+            repairs = compensation.repairs(groups, keep, self.compensate, ctx.statistics, result)
+            cut.zero(model, groups, keep)
+            compensation.apply(model, repairs, result)
+            return
+        for i, names in enumerate(rows := compensation.in_order(model, groups, keep)):
+            ctx.progress("refitting layer by layer", i, len(rows))
+            part = {name: keep[name] for name in names}
+            wanted = compensation.needs(groups, (groups[name] for name in names), self.compensate)
+            statistics = ctx.collect(model, wanted.statistics)
+            repairs = compensation.repairs(groups, part, self.compensate, statistics, result)
+            cut.zero(model, groups, part)
+            compensation.apply(model, repairs, result)
 
     def _chosen(self, groups: Groups, result: PassResult) -> list[Group]:
         """The groups that the options name."""
@@ -146,11 +209,13 @@ class Prune(Pass):
     def _allocated(
         self, model: ir.Model, groups: Groups, chosen: list[Group], ctx: Context, result: PassResult
     ) -> Keep:
-        scores = self._scores(groups, chosen, ctx)
+        scores = self._scores(groups, chosen, ctx, result)
+        chosen = [group for group in chosen if group.name in scores]
         limits = {g.name: Limits(max(self.min_keep, g.min_keep), self._multiple(g, ctx)) for g in chosen}
         cost = allocation.Cost(model, chosen, self.of)
-        keep = allocation.allocate(chosen, allocation.normalised(scores), self.ratio, cost, limits, self.scope)
-        removed = {name: int(mask.shape[-1] - mask.reshape(-1, mask.shape[-1])[0].sum()) for name, mask in keep.items()}
+        setting = Setting(groups, chosen, scores, allocation.unit_costs(chosen, cost), ctx)
+        removed = allocation.allocate(chosen, ORDERS[self.allocate].levels(setting), self.ratio, cost, limits)
+        keep = allocation.masks(chosen, scores, removed)
         reached = 1 - cost(removed) / cost({}) if cost({}) else 0.0
         if reached < self.ratio - 0.01:
             result.refuse(
@@ -162,15 +227,23 @@ class Prune(Pass):
                 result.refuse(group.name, f"keeps the least it may: {limits[group.name].least} units")
         return keep
 
-    def _scores(self, groups: Groups, chosen: list[Group], ctx: Context) -> Mapping[str, Array]:
+    def _scores(self, groups: Groups, chosen: list[Group], ctx: Context, result: PassResult) -> dict[str, Array]:
+        """Normalised scores of all groups that have some."""
         if self.scores is not None:
-            return masks.scores(masks.read(self.scores), groups, chosen, where=str(self.scores))
-        rank = criterion(self.criterion).score
-        found = {}
-        for i, group in enumerate(chosen):
-            ctx.progress("rank units", i, len(chosen))
-            found[group.name] = np.asarray(rank(groups, group, ctx), dtype=np.float64)
-        return found
+            raw = masks.scores(masks.read(self.scores), groups, chosen, where=str(self.scores))
+            scaled = False
+        else:
+            rank, raw = criterion(self.criterion), {}
+            scaled = rank.scaled
+            for i, group in enumerate(chosen):
+                ctx.progress("ranking units", i, len(chosen))
+                found = rank.score(groups, group, ctx)
+                if isinstance(found, str):
+                    result.refuse(group.name, f"criterion {self.criterion} cannot rank it: {found}")
+                else:
+                    raw[group.name] = np.asarray(found, dtype=np.float64)
+        how = self.normalise if self.normalise != "auto" else "none" if scaled else "mean"
+        return {name: NORMALISATIONS[how](scores) for name, scores in raw.items()}
 
     def _multiple(self, group: Group, ctx: Context) -> int:
         if self.multiple_of == "auto":

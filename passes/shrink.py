@@ -16,6 +16,7 @@ from graphc.contract import Context, Effect, Pass, PassResult, option
 from graphc.edit import Array
 from graphc.known import ConstantFacets, Knowledge
 from graphc.pruning import branches, deadness, folding
+from graphc.pruning.biases import add_bias, as_channels
 from graphc.pruning.deadness import Dead
 from graphc.pruning.folding import Fold
 from graphc.pruning.sites import Sites
@@ -114,49 +115,5 @@ def _fold(model: ir.Model, sites: Sites, dead: Mapping[str, Dead], known: Knowle
     cut.zero(model, groups, keep)
     names = edit.Names(model)
     for node, bias in biases:
-        _add_bias(node, bias, names)
+        add_bias(node, as_channels(node, bias), names)
     return True
-
-
-def _add_bias(node: ir.Node, bias: Array, names: edit.Names) -> None:
-    """Add a vector to every output channel of a MatMul, Gemm or Conv."""
-    out, graph = node.outputs[0], node.graph
-    assert graph is not None
-    dtype = (out.dtype or ir.DataType.FLOAT).numpy()
-    held = edit.constant(node.inputs[2]) if node.op_type != "MatMul" and len(node.inputs) > 2 else None
-    scale = float(edit.attribute(node, "beta", 1.0)) if node.op_type == "Gemm" else 1.0
-    if node.op_type != "MatMul" and (len(node.inputs) < 3 or node.inputs[2] is None):
-        if node.op_type == "Gemm":
-            node.attributes["beta"] = ir.AttrFloat32("beta", 1.0)
-        vector = edit.initializer(_root(graph), bias.astype(dtype), names.fresh(f"{out.name}.bias"))
-        if len(node.inputs) < 3:
-            node.resize_inputs(3)
-        node.replace_input_with(2, vector)
-    elif held is not None and scale:
-        total = (held.astype(np.float64) + bias / scale).astype(held.dtype)
-        name = names.fresh(f"{node.inputs[2].name}.folded")  # type: ignore[union-attr]
-        node.replace_input_with(2, edit.initializer(_root(graph), total, name))
-    else:
-        vector = edit.initializer(_root(graph), _as_channels(node, bias).astype(dtype), names.fresh(f"{out.name}.bias"))
-        _insert_add(node, vector, names)
-
-
-def _as_channels(node: ir.Node, bias: Array) -> Array:
-    """The vector shaped to broadcast against the node's output."""
-    kernel = node.inputs[1].shape if node.op_type == "Conv" and node.inputs[1] is not None else None
-    return bias.reshape(-1, *(1,) * (len(kernel) - 2)) if kernel is not None else bias
-
-
-def _insert_add(node: ir.Node, vector: ir.Value, names: edit.Names) -> None:
-    out, graph = node.outputs[0], node.graph
-    assert graph is not None
-    total = ir.Value(name=names.fresh(f"{out.name}.plus"), shape=out.shape, type=out.type)
-    add = ir.Node("", "Add", [out, vector], outputs=[total], name=total.name)
-    graph.insert_after(node, add)
-    edit.replace(out, total)
-    add.replace_input_with(0, out)
-
-
-def _root(graph: ir.Graph | ir.Function) -> ir.Graph:
-    assert isinstance(graph, ir.Graph)
-    return graph

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import struct
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,10 @@ from graphc.contract import Capabilities, Context, PassResult
 from graphc.errors import BadInput
 from graphc.passes.prune import BACKOFF, Prune
 from graphc.passes.shrink import Shrink
+from graphc.pruning.compensation import FITS
+from graphc.pruning.criteria import CRITERIA
+from graphc.pruning.density import ORDERS
+from graphc.pruning.normalisation import NORMALISATIONS
 from graphc.recipe import Recipe
 
 CONTEXT = Context(Capabilities("portable", 10, {"": 21}))
@@ -116,12 +122,12 @@ def test_ratio_is_of_what_was_asked(measure: str, ratio: float) -> None:
 
     model = ir.load(DATA / "fmnist_resnet.onnx")
     before = cost(model)
-    pruned(model, ratio=ratio, of=measure, scope="global")
+    pruned(model, ratio=ratio, of=measure, allocate="global")
     Shrink().run(model, CONTEXT)
     assert cost(model) / before == pytest.approx(1 - ratio, abs=0.015)
 
 
-def test_scope_group_takes_the_same_part_of_each() -> None:
+def test_uniform_takes_the_same_part_of_each() -> None:
     model = ir.load(DATA / "fmnist_resnet.onnx")
     sizes = {g.name: g.size for g in analyse(model).groups}
     pruned(model, ratio=0.25)
@@ -136,7 +142,7 @@ def test_multiple_of_and_min_keep() -> None:
         ({"min_keep": 20}, lambda n: n >= 20),
     ):
         model = ir.load(DATA / "fmnist_resnet.onnx")
-        pruned(model, ratio=0.6, scope="global", **options)
+        pruned(model, ratio=0.6, allocate="global", **options)
         Shrink().run(model, CONTEXT)
         assert all(allowed(g.size) for g in analyse(model).groups), options
 
@@ -206,6 +212,16 @@ def test_recipe_text_round_trip() -> None:
     recipe = Recipe.parse(text)
     assert recipe.passes[0] == Prune(ratio=0.3, of="params", include=("*.up_proj", "*.gate_proj"), multiple_of="auto")
     assert Recipe.parse(recipe.text()) == recipe
+
+
+def test_the_documentation_names_every_choice() -> None:
+    text = inspect.getdoc(Prune) or ""
+    for name in (*CRITERIA, *ORDERS, *FITS):
+        assert f"``{name}``" in text, name
+    hints = typing.get_type_hints(Prune)
+    assert set(typing.get_args(hints["allocate"])) == set(ORDERS)
+    assert set(typing.get_args(hints["compensate"])) == {"none", *FITS}
+    assert set(typing.get_args(hints["normalise"])) == {"auto", *NORMALISATIONS}
 
 
 # Masks and scores from files

@@ -289,7 +289,7 @@ def test_large_weights_stay_on_disk(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("fmnist_resnet", {"of": "params", "scope": "global"}),
+        ("fmnist_resnet", {"of": "params", "allocate": "global"}),
         ("fmnist_resnet", {"of": "flops", "criterion": "l1"}),
         ("fmnist_vit_tiny", {"kinds": ("head", "head_dim", "neuron")}),
         ("tiny_mixtral_bytes", {"kinds": ("head", "neuron", "expert")}),

@@ -66,15 +66,40 @@ class Groups:
         Returns:
             Shape ``(size,)``, or ``(*blocks, size)`` for a group with blocks.
         """
+        labels = self._labels(group, place, array.ndim)
+        return _sum_by(array, labels, [*group.blocks, group.size])
+
+    def labels(self, group: Group, place: Place, shape: tuple[int, ...]) -> Array:
+        """The unit (its flat index over blocks) of every element of a place's constant; -1 where it has none.
+
+        Args:
+            group: The group.
+            place: One of its places.
+            shape: The constant's.
+
+        Returns:
+            An array that broadcasts to ``shape``.
+        """
+        total: Array = np.zeros((1,) * len(shape), dtype=np.int64)
+        valid: Array = np.ones((1,) * len(shape), dtype=bool)
+        for axis, label in enumerate(self._labels(group, place, len(shape))):
+            if label is not None:
+                view = label.reshape([-1 if j == axis else 1 for j in range(len(shape))])
+                total = total + view
+                valid = valid & (view >= 0)
+        return np.where(valid, total, -1)
+
+    def _labels(self, group: Group, place: Place, rank: int) -> list[Array | None]:
+        """For each axis of a place's constant, what its indices add to the unit's flat number; None for nothing."""
         wanted = [*zip(group.outer, group.blocks, strict=True), (group.leaf, group.size)]
-        labels: list[Array | None] = [None] * array.ndim
+        labels: list[Array | None] = [None] * rank
         strides = np.cumprod([1, *[size for _, size in wanted[:0:-1]]])[::-1]
         for (leaf, _), stride in zip(wanted, strides, strict=True):
             axis, units = self._along(group, place, leaf)
             term = np.where(units < 0, -1, units * int(stride))
             held = labels[axis]
             labels[axis] = term if held is None else np.where((held < 0) | (term < 0), -1, held + term)
-        return _sum_by(array, labels, [size for _, size in wanted])
+        return labels
 
     def _along(self, group: Group, place: Place, leaf: Axis) -> tuple[int, Array]:
         if leaf is group.leaf:

@@ -1,7 +1,8 @@
-"""How many units, and which, to take from each group for a given total: one ordering, one threshold.
+"""How many units, and which, to take from each group for a given total: one order, one threshold.
 
-Units are taken in the order of their scores until the wanted part of the model's units, parameters, bytes or
-FLOPs is gone. What two groups share (a weight between them) is counted once, and shrinks with both.
+Units are taken in an order (see :mod:`graphc.pruning.density`) until the wanted part of the model's units,
+parameters, bytes or FLOPs is gone. What two groups share (a weight between them) is counted once, and shrinks with
+both.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from graphc.axes.groups import Group
 from graphc.edit import Array
 
 Measure = Literal["units", "params", "bytes", "flops"]
-Scope = Literal["global", "group"]
 Keep = dict[str, Array]
 """By group name: which units stay, boolean, ``(size,)`` or ``(*blocks, size)``."""
 
@@ -144,35 +144,31 @@ def _source(value: ir.Value | None) -> ir.Value | None:
     return value
 
 
+def unit_costs(groups: Sequence[Group], cost: Cost) -> dict[str, float]:
+    """What the first unit of each group that goes takes with it."""
+    whole = cost({})
+    return {group.name: whole - cost({group.name: 1}) for group in groups}
+
+
 def allocate(
     groups: Sequence[Group],
-    scores: Mapping[str, Array],
+    levels: Sequence[Array],
     ratio: float,
     cost: Cost,
     limits: Mapping[str, Limits],
-    scope: Scope,
-) -> Keep:
-    """Choose what to keep so that ``ratio`` of the cost goes, as far as the limits allow.
+) -> dict[str, int]:
+    """Choose how many units each group loses so that ``ratio`` of the cost goes, as far as the limits allow.
 
     Args:
         groups: The groups to take from.
-        scores: By group name, a score per unit; lower goes first.
+        levels: For each group, the level of its first, second, ... unit to go, ``(size,)``; the lowest go first.
         ratio: The part of the cost to remove, in [0, 1).
         cost: What the model costs.
         limits: By group name.
-        scope: ``"global"`` compares all units with each other; ``"group"`` takes the same part of each group.
-
-    Returns:
-        A mask for every group that loses something.
     """
     if not groups:
         return {}
-    ranks = []
-    for group in groups:
-        # A unit of a balanced group goes from every block at once: each block gives its lowest, then its next.
-        level = np.sort(scores[group.name], axis=-1).reshape(-1, group.size).sum(axis=0)
-        ranks.append(level if scope == "global" else (np.arange(group.size) + 0.5) / group.size)
-    order = np.argsort(np.concatenate(ranks), kind="stable")
+    order = np.argsort(np.concatenate(list(levels)), kind="stable")
     owner = np.repeat(np.arange(len(groups)), [g.size for g in groups])[order]
 
     def removed(count: int) -> dict[str, int]:
@@ -192,7 +188,12 @@ def allocate(
     if low and abs(cost(before := removed(low - 1)) - target) < abs(cost(chosen) - target):
         # One more unit overshoots by more than this falls short.
         chosen = before
-    return {g.name: lowest_removed(scores[g.name], chosen[g.name]) for g in groups if chosen[g.name]}
+    return chosen
+
+
+def masks(groups: Sequence[Group], scores: Mapping[str, Array], removed: Mapping[str, int]) -> Keep:
+    """For every group that loses something, the mask that drops its lowest scores."""
+    return {g.name: lowest_removed(scores[g.name], removed[g.name]) for g in groups if removed.get(g.name)}
 
 
 def lowest_removed(scores: Array, count: int) -> Array:
@@ -202,8 +203,3 @@ def lowest_removed(scores: Array, count: int) -> Array:
     keep = np.ones(scores.shape, dtype=bool)
     np.put_along_axis(keep, order[..., :count], False, axis=-1)
     return keep
-
-
-def normalised(scores: Mapping[str, Array]) -> dict[str, Array]:
-    """Scores divided by their group's mean, so that layers of different scale can be compared."""
-    return {name: s / mean if (mean := float(np.mean(np.abs(s)))) else s for name, s in scores.items()}

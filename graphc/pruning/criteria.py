@@ -3,13 +3,13 @@
 A criterion gives a score per unit, shaped ``(size,)`` or, where every block of a group chooses for itself,
 ``(*blocks, size)``. Higher is more important; only the order within a group and, after normalisation, between
 groups counts. A criterion that needs statistics declares them in ``needs``; the runner collects them and they
-arrive in ``Context.statistics``.
+arrive in ``Context.statistics``. Where a criterion has nothing to say of a group, it gives the reason instead.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,8 @@ from graphc.axes.groups import Group, Groups, Place
 from graphc.contract import Context, Needs
 from graphc.edit import Array
 from graphc.errors import BadInput, nearest
+from graphc.pruning import activations, curvature, routers, taylor
+from graphc.pruning.projection import projection
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,16 @@ class Criterion:
     """A way to score units.
 
     Attributes:
-        score: Scores of one group's units, float64, ``(size,)`` or ``(*blocks, size)``.
-        needs: What must have been collected before, given the model and its groups; None for nothing.
+        score: Scores of one group's units, float64, ``(size,)`` or ``(*blocks, size)``; or why it has none.
+        about: What it is, for the documentation.
+        needs: What must have been collected before, given the model's groups and those to score; None for nothing.
+        scaled: Whether scores of different groups can be compared as they are.
     """
 
-    score: Callable[[Groups, Group, Context], Array]
-    needs: Callable[[ir.Model, Groups], Needs] | None = None
+    score: Callable[[Groups, Group, Context], Array | str]
+    about: str
+    needs: Callable[[Groups, Sequence[Group]], Needs] | None = None
+    scaled: bool = False
 
 
 def criterion(name: str) -> Criterion:
@@ -131,7 +137,52 @@ def random(groups: Groups, group: Group, context: Context) -> Array:
 
 
 CRITERIA: dict[str, Criterion] = {
-    "l1": Criterion(magnitude(1)),
-    "l2": Criterion(magnitude(2)),
-    "random": Criterion(random),
+    "l1": Criterion(magnitude(1), "sum of the absolute weights of a unit"),
+    "l2": Criterion(magnitude(2), "norm of the weights of a unit"),
+    "random": Criterion(random, "nothing: the baseline"),
+    "activation": Criterion(
+        activations.scored(activations.activation), "norm of the unit's activation (CFSP)", activations.needs
+    ),
+    "mean-activation": Criterion(
+        activations.scored(activations.mean_absolute),
+        "mean absolute activation (AMP, for neurons)",
+        activations.needs,
+    ),
+    "wanda": Criterion(
+        activations.scored(activations.wanda), "weights times norm of the activation (Wanda)", activations.needs
+    ),
+    "fluctuation": Criterion(
+        activations.scored(activations.fluctuation), "variance of what it adds (FLAP's metric)", activations.needs
+    ),
+    "flap": Criterion(activations.flap, "FLAP as published, z-scored by layer", activations.needs, scaled=True),
+    "projection": Criterion(projection, "what it adds to the consumer's outputs (AMP, for heads)", curvature.needs),
+    "obs": Criterion(
+        curvature.obs,
+        "what is lost when the rest makes up for it (group OBS: ZipLM, OSSCAR, DarwinLM)",
+        curvature.needs,
+    ),
+    "taylor": Criterion(
+        taylor.scored(taylor.first), "|w g| (LLM-Pruner, param_first; needs torch)", taylor.needs, scaled=True
+    ),
+    "taylor-second": Criterion(
+        taylor.scored(taylor.second), "w^2 E[g^2] (param_second; needs torch)", taylor.needs, scaled=True
+    ),
+    "taylor-mix": Criterion(
+        taylor.scored(taylor.mixed), "|w g - w^2 E[g^2] / 2| (param_mix; needs torch)", taylor.needs, scaled=True
+    ),
+    "taylor-vector": Criterion(
+        taylor.scored(taylor.signed, whole=True),
+        "|sum of w g| (vectorize; needs torch)",
+        taylor.needs,
+        scaled=True,
+    ),
+    "heapr": Criterion(
+        taylor.heapr,
+        "E[x^2] wT G w with the gradients' Gram matrix G (HEAPr; needs torch)",
+        taylor.heapr_needs,
+        scaled=True,
+    ),
+    "frequency": Criterion(routers.frequency, "how often a router chooses an expert", routers.needs),
+    "mass": Criterion(routers.mass, "the weight that a router gives an expert (UNCURL)", routers.needs),
+    "router-distance": Criterion(routers.distance, "how far the router's row is from the nearest other (STUN)"),
 }
