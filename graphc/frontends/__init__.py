@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,9 @@ class Source:
         warnings: What the user should know.
         measurements: What was measured on the way, for the report.
         beside: Writers of files that belong beside the output, by name.
+        name: What the graph is called where a source has several.
+        others: The further graphs of the source.
+        companions: Files that go with the model (tokenizer, configuration), to be kept in an artifact folder.
     """
 
     model: ir.Model
@@ -40,6 +43,18 @@ class Source:
     warnings: tuple[str, ...] = ()
     measurements: Mapping[str, Any] = field(default_factory=dict)
     beside: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
+    name: str = "model"
+    others: tuple[Source, ...] = ()
+    companions: tuple[Path, ...] = ()
+
+    def with_others(self, others: Sequence[Source]) -> Source:
+        """The same source with further graphs."""
+        return replace(self, others=tuple(others))
+
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        """All graphs, this one first."""
+        return (self, *self.others)
 
 
 def load(path: str | Path) -> Source:
