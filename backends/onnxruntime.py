@@ -39,7 +39,18 @@ class OnnxRuntime(Backend):
 
         models.save(portable(model, self.capabilities()), folder / MODEL)
         files.write(folder / "run.py", _RUN)
+        return self._needs(model)
+
+    def _needs(self, model: ir.Model) -> dict[str, Any]:
         return {"provider": self.provider, "threads": self.threads, "session_options": _session_options(model)}
+
+    def emit_parts(self, models: Mapping[str, ir.Model], folder: Path) -> Mapping[str, Mapping[str, Any]]:
+        from graphc import model as several
+        from graphc.storage.portable import portable
+
+        target = self.capabilities()
+        several.save_together({name: portable(model, target) for name, model in models.items()}, folder)
+        return {name: self._needs(model) for name, model in models.items()}
 
     def emit_file(self, model: ir.Model, path: Path) -> None:
         from graphc import model as models
@@ -55,6 +66,8 @@ class OnnxRuntime(Backend):
         if path.is_dir():
             settings = _manifest(path).get("runtime", {})
             path = path / MODEL
+        elif files.is_artifact(path.parent):
+            settings = _manifest(path.parent).get("parts", {}).get(path.stem, {}).get("runtime", {})
         # ONNX Runtime copies weights that are in the model's own file; frugally they are mapped instead.
         large = frugal and path.is_file() and path.stat().st_size > runtime.BIG
         return runtime.session(

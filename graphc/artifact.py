@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,9 @@ from graphc import edit
 from graphc.cache import file_hash
 from graphc.errors import BadInput
 from graphc.model import nbytes, parameters, remove_stale
+from graphc.report import summed
 from graphc.storage import files
+from graphc.trial import hold_sizes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
     from graphc.settings import Settings
 
 SCHEMA = "graphc-artifact/1"
+
+MAIN = "model"
+"""The name of a model that is one graph."""
 
 
 def is_file(output: Path) -> bool:
@@ -59,40 +65,75 @@ def describe(model: ir.Model, stored: Sequence[Path]) -> dict[str, Any]:
     }
 
 
+def describe_stored(described: Mapping[str, Any], stored: Sequence[Path]) -> dict[str, Any]:
+    """The same with the path, hash and size of files, the main one first."""
+    return {
+        **described,
+        "path": str(stored[0]),
+        "sha256": file_hash(stored[0]),
+        "bytes": sum(p.stat().st_size for p in stored),
+    }
+
+
+TryOut = Callable[["Report", Path], None]
+"""Tries out what was emitted for a report; see ``graphc.trial``."""
+
+
 def place(
     report: Report,
     output: Path | None,
     settings: Settings,
-    try_out: Callable[[Report, Path], None],
+    try_out: Sequence[TryOut],
     beside: Mapping[str, Callable[[Path], None]],
+    companions: Sequence[Path] = (),
 ) -> None:
-    """Emit ``report.model``, have what was emitted tried out, and only then put it at ``output``.
+    """Emit the models of a report, have what was emitted tried out, and only then put it at ``output``.
 
-    Without an output nothing is emitted; on a dry run everything is done but the last step. ``beside`` has writers of
-    further files, by name.
+    Without an output nothing is emitted; on a dry run everything is done but the last step.
+
+    Args:
+        report: Of the run; its ``output`` and those of its parts are filled in.
+        output: A file or folder.
+        settings: The flags of the run.
+        try_out: For the report, or for each of its parts.
+        beside: Writers of further files, by name.
+        companions: Files to copy into an artifact folder.
 
     Raises:
         BadInput: The output cannot be written.
         CheckFailed: ``try_out`` raised it; then nothing is written.
     """
-    assert report.model is not None
+    each = report.parts or {MAIN: report}
     if output is None:
-        report.output = describe(report.model, ())
+        for part in each.values():
+            assert part.model is not None
+            part.output = describe(part.model, ())
+        report.output = summed([part.output for part in each.values()])
         return
     single = is_file(output)
     make = files.staging if single or settings.dry_run else files.folder
     with make(output.absolute()) as staging:
-        emitted = _emit(report.model, staging, output, settings)
+        emitted = _emit(report, staging, output, settings)
         for name, write in beside.items():
             write(staging / name)
-        main = emitted if single else emitted / "model.onnx"
         written = [p for p in staging.iterdir() if p.is_file() and p.name != files.MANIFEST]
-        report.output = describe(report.model, [main, *(p for p in written if p != main)])
-        report.output["path"] = "" if settings.dry_run else str(output)
-        try_out(report, emitted)
+        for (name, part), check in zip(each.items(), try_out, strict=True):
+            assert part.model is not None
+            main = emitted if single else staging / f"{name}.onnx"
+            stored = [main, *(p for p in written if p != main)]
+            part.output = describe(part.model, () if report.parts else stored)
+            part.output["path"] = "" if settings.dry_run else str(output / main.name if report.parts else output)
+            check(part, main if report.parts else emitted)
+        if report.parts:
+            report.output = describe_stored(summed([part.output for part in each.values()]), written)
+            report.output["path"] = "" if settings.dry_run else str(output)
+            hold_sizes(report, settings)
         if not single:
-            _write_json(emitted / files.MANIFEST, _manifest(report, written, emitted) | settings.adapters.manifest())
-            report.write(emitted / "report.json")
+            for path in companions:
+                shutil.copyfile(path, staging / path.name)
+            written = [p for p in staging.iterdir() if p.is_file() and p.name != files.MANIFEST]
+            _write_json(staging / files.MANIFEST, _manifest(report, written, staging) | settings.adapters.manifest())
+            report.write(staging / "report.json")
         elif not settings.dry_run:
             _move(emitted, output.absolute())
 
@@ -107,13 +148,21 @@ def write_depfile(path: Path, output: Path, inputs: Sequence[Path]) -> None:
     files.write(path, f"{names[0]}: \\\n" + " \\\n".join(f"  {name}" for name in names[1:]) + "\n")
 
 
-def _emit(model: ir.Model, staging: Path, output: Path, settings: Settings) -> Path:
+def _emit(report: Report, staging: Path, output: Path, settings: Settings) -> Path:
     """Write the output into ``staging``; return what a backend can load: the file, or the folder itself."""
-    if is_file(output):
-        settings.target.emit_file(model, staging / output.name)
-        return staging / output.name
-    needs = settings.target.emit(model, staging)
-    _write_json(staging / files.MANIFEST, {"schema": SCHEMA, "target": settings.target.spec(), "runtime": dict(needs)})
+    target = settings.target
+    begun: dict[str, Any] = {"schema": SCHEMA, "target": target.spec()}
+    if report.parts:
+        models = {name: part.model for name, part in report.parts.items() if part.model is not None}
+        needs = target.emit_parts(models, staging)
+        begun |= {"parts": {name: {"runtime": dict(each)} for name, each in needs.items()}}
+    else:
+        assert report.model is not None
+        if is_file(output):
+            target.emit_file(report.model, staging / output.name)
+            return staging / output.name
+        begun |= {"runtime": dict(target.emit(report.model, staging))}
+    _write_json(staging / files.MANIFEST, begun)
     return staging
 
 
@@ -121,16 +170,22 @@ def _manifest(report: Report, written: Sequence[Path], folder: Path) -> dict[str
     """What must be the same, byte for byte, when the same input is built again."""
     from graphc.environment import versions
 
-    assert report.model is not None
     begun: dict[str, Any] = json.loads((folder / files.MANIFEST).read_text(encoding="utf-8"))
+    for name, part in report.parts.items():
+        begun["parts"][name] |= _interfaces(part)
     return begun | {
-        "inputs": [_interface(v) for v in report.model.graph.inputs],
-        "outputs": [_interface(v) for v in report.model.graph.outputs],
+        **({} if report.parts else _interfaces(report)),
         "source": {"sha256": report.input["sha256"]},
         "recipe": report.recipe,
         "versions": versions(),
         "files": {p.name: file_hash(p) for p in sorted(written)},
     }
+
+
+def _interfaces(report: Report) -> dict[str, Any]:
+    assert report.model is not None
+    graph = report.model.graph
+    return {"inputs": [_interface(v) for v in graph.inputs], "outputs": [_interface(v) for v in graph.outputs]}
 
 
 def _interface(value: ir.Value) -> dict[str, Any]:

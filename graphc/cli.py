@@ -105,6 +105,15 @@ def _optimize(commands: Any) -> None:
     what.add_argument("--stop-after", metavar="PASS", help="stop after this pass; --resume goes on from the output")
     what.add_argument("--resume", action="store_true", help="go on with a model written by --stop-after")
     what.add_argument("--seed", type=int, default=0, help="seed of everything random (0)")
+    hub = command.add_argument_group("Hugging Face models")
+    hub.add_argument("--task", default="", metavar="TASK", help="what to export, e.g. fill-mask (the saved head)")
+    hub.add_argument(
+        "--kv-cache",
+        default="merged",
+        choices=("merged", "split", "none"),
+        help="of models that generate: one graph with a past that may be empty, one for the prompt and one for "
+        "further tokens, or no past (merged)",
+    )
     adapt = command.add_argument_group("adapters")
     adapt.add_argument(
         "--adapter",
@@ -244,6 +253,8 @@ def _settings(a: Any) -> Settings:
         recipe_given=bool(a.passes is not None or a.recipe or a.preset),
         target=parse_backend(a.target),
         adapters=Adapters.of(a.adapter, a.adapter_mode, a.adapter_combine),
+        task=a.task,
+        kv_cache=a.kv_cache,
         data=_data(a.data, a.tokenizer),
         calibrate=_data(a.calibrate, a.tokenizer),
         gates=tuple(gates),

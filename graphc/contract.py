@@ -249,6 +249,21 @@ class Backend(abc.ABC):
             What the artifact needs of its runtime (session options, say), for the manifest.
         """
 
+    def emit_parts(self, models: Mapping[str, ir.Model], folder: Path) -> Mapping[str, Mapping[str, Any]]:
+        """Write several graphs of one model into ``folder``, ``NAME.onnx`` each; what they share, once.
+
+        Returns:
+            What each needs of its runtime, by name, for the manifest.
+
+        Raises:
+            BadInput: The backend writes one graph only.
+        """
+        raise BadInput(
+            f"target '{self.name}' writes one graph, not several",
+            why=f"the model is {', '.join(models)}",
+            hint="give one of them as an .onnx file",
+        )
+
     def emit_file(self, model: ir.Model, path: Path) -> None:
         """Write one file, ``path``, in the folder where it shall be (weights beside it when needed), atomically.
 

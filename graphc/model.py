@@ -11,7 +11,7 @@ import io
 import mmap
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -302,7 +302,7 @@ def save(model: ir.Model, path: Path, *, inline_limit: int = INLINE_LIMIT) -> li
                 remove_stale(path, sources)
             return [path]
         with files.temporary(path) as data:
-            regions, checksum = _write_data(model, data.file)
+            regions, checksum = _write_data([model], data.file)
             data_path = path.with_name(f"{path.stem}.{checksum[:12]}.data")
             _write_inline(model, main.file, regions, data_path.name)
             with files.exclusive(path.parent):
@@ -312,8 +312,35 @@ def save(model: ir.Model, path: Path, *, inline_limit: int = INLINE_LIMIT) -> li
         return [path, data_path]
 
 
-def _write_data(model: ir.Model, file: BinaryIO) -> tuple[dict[int, _Region], str]:
-    """Write the large tensors one after the other; equal ones share a region.
+def save_together(models: Mapping[str, ir.Model], folder: Path) -> list[Path]:
+    """Write several models, ``NAME.onnx`` each, with one data file in which equal weights stand once.
+
+    Args:
+        models: By name; they are not changed.
+        folder: Where to; it exists, and nobody else writes there.
+
+    Returns:
+        The files written, the data last.
+
+    Raises:
+        BadInput: They cannot be written.
+    """
+    written = []
+    with files.temporary(folder / "weights.data") as data:
+        regions, checksum = _write_data(list(models.values()), data.file)
+        place = folder / f"weights.{checksum[:12]}.data"
+        for name, model in models.items():
+            path = folder / f"{name}.onnx"
+            with files.temporary(path) as main:
+                _write_inline(model, main.file, regions, place.name)
+                main.place(path)
+            written.append(path)
+        data.place(place)
+    return [*written, place]
+
+
+def _write_data(models: Sequence[ir.Model], file: BinaryIO) -> tuple[dict[int, _Region], str]:
+    """Write the large tensors of models one after the other; equal ones share a region.
 
     Returns:
         Regions by ``id`` of the tensor, and a checksum of the file.
@@ -321,7 +348,7 @@ def _write_data(model: ir.Model, file: BinaryIO) -> tuple[dict[int, _Region], st
     regions: dict[int, _Region] = {}
     known: dict[tuple[str, int], _Region] = {}
     checksum, end = hashlib.sha256(), 0
-    for tensor in constants(model):
+    for tensor in (each for model in models for each in constants(model)):
         if tensor.dtype == ir.DataType.STRING or tensor.nbytes < _EXTERNAL_FROM or id(tensor) in regions:
             continue
         # Runtimes map whole pages, and vector instructions like cache lines.

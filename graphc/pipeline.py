@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,7 +128,13 @@ def verify(
 
 
 def default_output(source: Path) -> Path:
-    """``model.opt.onnx`` beside ``model.onnx``; ``folder.opt.onnx`` beside a folder."""
+    """``model.opt.onnx`` beside ``model.onnx``; ``folder.opt.onnx`` beside a folder; ``folder.opt/`` for a Hugging Face
+    model, which goes with its tokenizer."""
+    from graphc.frontends import hf
+
+    if hf.knows(source):
+        name = str(source).removeprefix(hf.HUB).replace("/", "-") if str(source).startswith(hf.HUB) else source.name
+        return source.with_name(f"{name}.opt") if source.exists() else Path(f"{name}.opt")
     return source.with_name(f"{source.stem if source.suffix == '.onnx' else source.name}.opt.onnx")
 
 
@@ -153,47 +159,38 @@ def run(
         depfile: Where to write the dependencies of ``output``, as make and ninja read them.
         inputs: Further files that the output depends on (the recipe).
     """
-    from graphc import artifact, frontends
+    from graphc import artifact
 
     for written in filter(None, (report_file, depfile)):
         check_destination(written)
     if output is not None:
         artifact.check_output(source if isinstance(source, Path) else source.path, output)
     progress("loading", 0, 0)
-    loaded = frontends.load(source) if isinstance(source, Path) else source
-    described = artifact.describe(loaded.original, loaded.files)
-    if settings.adapters:
-        loaded = _adapted(loaded, settings, progress)
-    work = _Work(loaded, settings, progress)
-    recipe, done = _resumed(loaded, settings)
-    now, later = _until(recipe, settings.stop_after)
-    done = work.run(now, done)
-    done.passes[:0] = [loaded.adapted] if loaded.adapted else []
-    done.warnings[:0] = loaded.warnings
-    report = Report(
-        input=described,
-        target=settings.target.spec(),
-        recipe=recipe.text(),
-        passes=done.passes,
-        rewrite=done.rewrite,
-        approximation=done.approximation,
-        measurements=dict(loaded.measurements),
-        warnings=done.warnings,
-        model=done.model,
-    )
-    if settings.strict and not report.ok:
-        failed = next(p for p in done.passes if p.error)
-        raise CheckFailed(
-            "a pass had to be rolled back (--strict)",
-            where=failed.options,
-            why=failed.error,
-            hint="run without --strict to get the output without it",
+    loaded = _load(source, settings) if isinstance(source, Path) else source
+    if loaded.others and output is not None and artifact.is_file(output):
+        raise BadInput(
+            f"the model becomes {len(loaded.parts)} graphs, which one file cannot hold",
+            where=str(output),
+            why=", ".join(part.name for part in loaded.parts),
+            hint=f"give a folder: -o {output.with_suffix('')}/",
         )
-    if later:
-        state = {"recipe": Recipe(later).text(), "done": done.to_json()}
-        done.model.metadata_props[RESUME] = json.dumps(state, sort_keys=True)
+    works = [
+        _Work(
+            _adapted(part, settings, progress),
+            _of_part(part, loaded, settings),
+            progress,
+            artifact.describe(part.original, () if loaded.others else part.files),
+        )
+        for part in loaded.parts
+    ]
+    reports = [work.report() for work in works]
+    report, recipe = reports[0], settings.recipe
+    if loaded.others:
+        report = Report.together({part.name: each for part, each in zip(loaded.parts, reports, strict=True)})
+        report.input = artifact.describe_stored(report.input, loaded.files)
     files = [*loaded.files, *inputs, *recipe.files(), *_files(settings.data), *_files(settings.calibrate)]
-    artifact.place(report, output, settings, work.try_out, loaded.beside)
+    beside = {name: write for work in works for name, write in work.loaded.beside.items()}
+    artifact.place(report, output, settings, [work.try_out for work in works], beside, loaded.companions)
     if depfile is not None and output is not None and not settings.dry_run:
         artifact.write_depfile(depfile, output, files)
     if report_file is not None:
@@ -201,9 +198,44 @@ def run(
     return report
 
 
+def _load(path: Path, settings: Settings) -> Source:
+    from graphc import frontends
+
+    return frontends.load(
+        path, task=settings.task, kv_cache=settings.kv_cache, verify=settings.verify, seed=settings.seed
+    )
+
+
+def _of_part(part: Source, loaded: Source, settings: Settings) -> Settings:
+    """The settings for a graph; of several graphs, each has the data that a folder holds under its name."""
+    from graphc.data import Spec
+
+    if not loaded.others:
+        return settings
+    own: dict[str, Any] = {}
+    for name in ("data", "calibrate"):
+        given = getattr(settings, name)
+        if given is None:
+            continue
+        places: dict[str, list[Path]] = {each.name: [] for each in loaded.parts}
+        if isinstance(given, Spec):
+            for each, found in places.items():
+                found += [p for end in ("", ".npz") if (p := Path(given.path) / f"{each}{end}").exists()]
+        if not any(places.values()):
+            raise BadInput(
+                "the data are for none of the model's graphs",
+                where=str(given.path) if isinstance(given, Spec) else "",
+                hint=f"give a folder with {' or '.join(f'{name}.npz' for name in places)}",
+            )
+        own[name] = replace(given, path=str(places[part.name][0])) if places[part.name] else None
+    return replace(settings, **own)
+
+
 def _adapted(loaded: Source, settings: Settings, progress: Progress) -> Source:
     from graphc.adapters import adapted
 
+    if not settings.adapters:
+        return loaded
     if settings.resume:
         raise BadInput(
             "adapters cannot be given when a run is resumed",
@@ -222,12 +254,14 @@ class _Work:
         loaded: The model as the frontend gave it.
         settings: The flags.
         progress: ``progress(what, done, total)``.
+        described: What the report says of the model as it came.
         last: The checker that found the resulting model right, if one did.
     """
 
     loaded: Source
     settings: Settings
     progress: Progress
+    described: dict[str, Any]
     last: Checker | None = None
 
     @cached_property
@@ -263,6 +297,42 @@ class _Work:
         from graphc.calibration import Calibration
 
         return Calibration.of(self.loaded.model, self.calibrating, self.settings, self.progress)
+
+    def report(self) -> Report:
+        """Run the recipe, or what is left of it; what was done, without an output.
+
+        Raises:
+            CheckFailed: A pass was rolled back and ``strict`` was given, or a gate did not hold.
+        """
+        loaded, settings = self.loaded, self.settings
+        recipe, done = _resumed(loaded, settings)
+        now, later = _until(recipe, settings.stop_after)
+        done = self.run(now, done)
+        done.passes[:0] = [loaded.adapted] if loaded.adapted else []
+        done.warnings[:0] = loaded.warnings
+        report = Report(
+            input=self.described,
+            target=settings.target.spec(),
+            recipe=recipe.text(),
+            passes=done.passes,
+            rewrite=done.rewrite,
+            approximation=done.approximation,
+            measurements=dict(loaded.measurements),
+            warnings=done.warnings,
+            model=done.model,
+        )
+        if settings.strict and not report.ok:
+            failed = next(p for p in done.passes if p.error)
+            raise CheckFailed(
+                "a pass had to be rolled back (--strict)",
+                where=failed.options,
+                why=failed.error,
+                hint="run without --strict to get the output without it",
+            )
+        if later:
+            state = {"recipe": Recipe(later).text(), "done": done.to_json()}
+            done.model.metadata_props[RESUME] = json.dumps(state, sort_keys=True)
+        return report
 
     def try_out(self, report: Report, emitted: Path) -> None:
         """Try out what was emitted; see ``graphc.trial``."""
@@ -343,6 +413,7 @@ class _Work:
             ],
             gates=[str(gate) for gate in self.settings.gates],
             data=[_hash(self.settings.data, self.checking), _hash(self.settings.calibrate, self.calibrating)],
+            part=[self.loaded.name, self.settings.task, self.settings.kv_cache],
             settings=[self.settings.seed, self.settings.verify, self.settings.unchecked],
             adapters=self.settings.adapters.key(),
             versions=environment.versions(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +64,8 @@ class Report:
         measurements: Whatever was timed: latency, ratio, spread.
         warnings: What the user should know.
         model: The resulting model (not part of the JSON document).
+        parts: Where the model is several graphs, the report of each, by name; ``input`` and ``output`` are then all of
+            them together, and what passes did is said by part.
     """
 
     input: dict[str, Any]
@@ -76,16 +78,43 @@ class Report:
     measurements: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     model: ir.Model | None = field(default=None, repr=False, compare=False)
+    parts: dict[str, Report] = field(default_factory=dict)
+
+    @staticmethod
+    def together(parts: Mapping[str, Report]) -> Report:
+        """One report of several graphs, without an output."""
+        reports = list(parts.values())
+        checks = [each.rewrite for each in reports if each.rewrite]
+        rewrite: dict[str, Any] = {}
+        if checks:
+            # The first that is wrong or was not checked, else the one with the largest error.
+            odd = next((c for c in checks if not c.get("ok", True) or not c.get("checked", True)), None)
+            rewrite = dict(odd or max(checks, key=lambda c: c.get("worst", 0.0)))
+        costs: dict[str, float] = {}
+        for each in reports:
+            for metric, value in each.approximation.items():
+                costs[metric] = max(value, costs.get(metric, value))
+        return Report(
+            input=summed([each.input for each in reports]),
+            target=reports[0].target,
+            recipe=reports[0].recipe,
+            rewrite=rewrite,
+            approximation=costs,
+            parts=dict(parts),
+        )
 
     @property
     def ok(self) -> bool:
         """Whether every pass did what it should: none failed or was rolled back, and no check failed."""
+        if self.parts:
+            return all(part.ok for part in self.parts.values())
         return self.rewrite.get("ok", True) and not any(p.error for p in self.passes)
 
     def to_json(self) -> dict[str, Any]:
         """The document, as plain data."""
-        document = {k: v for k, v in vars(self).items() if k not in ("model", "passes")}
-        return {"schema": SCHEMA, **document, "passes": [p.to_json() for p in self.passes]}
+        document = {k: v for k, v in vars(self).items() if k not in ("model", "passes", "parts")}
+        parts = {"parts": {name: part.to_json() for name, part in self.parts.items()}} if self.parts else {}
+        return {"schema": SCHEMA, **document, "passes": [p.to_json() for p in self.passes], **parts}
 
     def write(self, path: Path) -> None:
         """Write the document, or its HTML view if the path ends in ``.html``."""
@@ -97,3 +126,9 @@ class Report:
             write(path, page(self.to_json()))
         else:
             write(path, json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n")
+
+
+def summed(described: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a report says of several graphs together: sizes added up, the rest as of the first."""
+    first = dict(described[0])
+    return first | {key: sum(each[key] for each in described) for key in ("bytes", "parameters", "nodes")}

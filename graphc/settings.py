@@ -22,6 +22,8 @@ class Settings:
     target: Backend
     recipe_given: bool = True
     adapters: Adapters = field(default_factory=Adapters)
+    task: str = ""
+    kv_cache: str = "merged"
     data: Origin | None = None
     calibrate: Origin | None = None
     gates: tuple[Gate, ...] = ()

@@ -47,9 +47,8 @@ def try_out(
         CheckFailed: It does not load or run although the model did, or computes something else, or breaks a gate.
     """
     assert report.model is not None
-    for gate in settings.gates:
-        if gate.kind == "size":
-            _hold(gate, report.output["bytes"], report.input["bytes"], size)
+    if source.name == "model":
+        hold_sizes(report, settings)
     latency = [gate for gate in settings.gates if gate.kind == "latency"]
     if settings.verify and not report.rewrite.get("checked", True):
         return
@@ -74,6 +73,17 @@ def try_out(
             why=error.why or error.what,
             hint="please report this as a defect of graphc, with the model if you may",
         ) from error
+
+
+def hold_sizes(report: Report, settings: Settings) -> None:
+    """Hold the limits on the size of the output.
+
+    Raises:
+        CheckFailed: It is larger.
+    """
+    for gate in settings.gates:
+        if gate.kind == "size":
+            _hold(gate, report.output["bytes"], report.input["bytes"], size)
 
 
 def _compare(loaded: Runnable, checker: Checker, source: Source, report: Report) -> None:

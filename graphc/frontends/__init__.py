@@ -57,12 +57,21 @@ class Source:
         return (self, *self.others)
 
 
-def load(path: str | Path) -> Source:
+def load(path: str | Path, *, task: str = "", kv_cache: str = "merged", verify: bool = True, seed: int = 0) -> Source:
     """Load a model from a file or folder, with the frontend that knows it.
+
+    Args:
+        path: An ``.onnx`` file, an artifact, or a folder with one ``.onnx`` file; a folder of Hugging Face's.
+        task: Of a Hugging Face model: what to export instead of the head that was saved, e.g. ``"fill-mask"``.
+        kv_cache: Of one that generates: ``"merged"``, ``"split"`` or ``"none"``.
+        verify: Whether to compare what was exported with torch.
+        seed: Of the inputs to compare on.
 
     Raises:
         BadInput: No frontend can use it; the message says what, where, why and what to do.
     """
-    from graphc.frontends import onnx
+    from graphc.frontends import hf, onnx
 
+    if hf.knows(Path(path)):
+        return hf.load(Path(path), task=task, kv_cache=kv_cache, verify=verify, seed=seed)
     return onnx.load(Path(path))

@@ -11,14 +11,14 @@ from graphc import edit
 from graphc.contract import PassResult
 from graphc.errors import BadInput
 from graphc.frontends import Source
-from graphc.frontends.huggingface.folder import CONFIG, Folder, knows, open_folder
+from graphc.frontends.huggingface.folder import CONFIG, HUB, Folder, knows, open_folder
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from graphc.frontends.huggingface.parts import Part
 
-__all__ = ["knows", "load"]
+__all__ = ["HUB", "knows", "load"]
 
 
 def load(path: Path, *, task: str = "", kv_cache: str = "merged", verify: bool = True, seed: int = 0) -> Source:
@@ -61,8 +61,8 @@ def load(path: Path, *, task: str = "", kv_cache: str = "merged", verify: bool =
             result if not i else PassResult(),
             name=part.name,
             companions=folder.companions,
-            notes=(*(found.notes if not i else ()), *notes),
-            measured=measured[i],
+            warnings=(*(found.notes if not i else ()), *notes),
+            measurements=measured[i],
         )
         for i, (part, (model, notes)) in enumerate(exported)
     ]
@@ -140,7 +140,7 @@ def _pickled(cls: Any, folder: Folder, configs: tuple[Path, ...]) -> _Found:
             "cannot load the pickled weights without running code from them",
             where=str(folder.pickles[0]),
             why=error.why,
-            hint="where you trust them, convert: from_pretrained(...) and save_pretrained(..., safe_serialization=True)",
+            hint="where you trust them, convert them: from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)",
         ) from error
     note = "the weights were loaded into memory from pickled tensors; as safetensors they would be mapped"
     return _Found(model, None, (*folder.pickles, *configs), [note])
@@ -214,7 +214,9 @@ def _name_sizes(model: ir.Model, part: Part) -> None:
                 by[size.value] = name
     for value in (*model.graph.inputs, *(v for node in edit.nodes(model) for v in node.outputs)):
         if value.shape is not None and not value.shape.frozen:
-            value.shape = ir.Shape([by.get(str(d.value), d) if isinstance(d, ir.SymbolicDim) else d for d in value.shape])
+            value.shape = ir.Shape(
+                [by.get(str(d.value), d) if isinstance(d, ir.SymbolicDim) else d for d in value.shape]
+            )
 
 
 def _compare(

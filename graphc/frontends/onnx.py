@@ -50,6 +50,14 @@ def locate(path: Path) -> Path:
     if not path.is_dir():
         return path
     if files.is_artifact(path):
+        parts = sorted(path.glob("*.onnx"))
+        if not (path / "model.onnx").is_file() and parts:
+            raise BadInput(
+                "the artifact has several graphs",
+                where=str(path),
+                why=", ".join(p.name for p in parts),
+                hint=f"name one: {parts[0]}",
+            )
         if not (path / "model.onnx").is_file():
             raise BadInput(
                 "the artifact is incomplete",

@@ -94,7 +94,11 @@ def index(path: Path) -> dict[str, Stored]:
 
 def _stored(path: Path, name: str, entry: Any, start: int, size: int) -> Stored:
     try:
-        kind, shape, (begin, end) = str(entry["dtype"]), tuple(map(int, entry["shape"])), map(int, entry["data_offsets"])
+        kind, shape, (begin, end) = (
+            str(entry["dtype"]),
+            tuple(map(int, entry["shape"])),
+            map(int, entry["data_offsets"]),
+        )
     except (KeyError, TypeError, ValueError):
         raise _damaged(path, f"its entry '{name}' is malformed") from None
     dtype = DTYPES.get(kind)

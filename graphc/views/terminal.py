@@ -35,6 +35,21 @@ def show_report(report: Document, *, why: bool = False, verbose: bool = False) -
     before, after = report["input"], report["output"]
     console.print(_sizes(before, after, report["measurements"]))
     console.print()
+    parts = report.get("parts", {})
+    for name, part in parts.items():
+        console.print(f"[bold]{escape(name)}[/]")
+        _show_part(console, part, why, verbose)
+        console.print()
+    if not parts:
+        _show_part(console, report, why, verbose)
+    if after.get("path"):
+        console.print(f"[bold]written[/]   {escape(after['path'])}", soft_wrap=True)
+    else:
+        console.print("[bold]written[/]   nothing (dry run)")
+
+
+def _show_part(console: Console, report: Document, why: bool, verbose: bool) -> None:
+    """What was done to one graph, and what was checked."""
     table = _table("pass", "what it did")
     for each in report["passes"]:
         table.add_row(escape(each["name"]), _did(each, why or verbose, verbose))
@@ -45,10 +60,6 @@ def show_report(report: Document, *, why: bool = False, verbose: bool = False) -
     _verdict(console, report)
     for warning in report["warnings"]:
         console.print(f"[yellow]note[/]      {escape(warning)}")
-    if after.get("path"):
-        console.print(f"[bold]written[/]   {escape(after['path'])}", soft_wrap=True)
-    else:
-        console.print("[bold]written[/]   nothing (dry run)")
 
 
 def _sizes(before: Document, after: Document, measured: Document) -> Table:
@@ -109,6 +120,11 @@ def _verdict(console: Console, report: Document) -> None:
         console.print(
             f"[green]checked[/]   the same on {len(rewrite['cases'])} inputs in ONNX Runtime ({provider}); "
             f"largest error {rewrite.get('worst', 0.0):.2g} of what rounding explains"
+        )
+    if torch := report["measurements"].get("torch"):
+        console.print(
+            f"[green]as torch[/]  the same at {len(torch['cases'])} sizes before any pass; largest difference "
+            f"{torch['worst']:.2g} of the largest number"
         )
     for metric, value in report["approximation"].items():
         console.print(f"[bold]measured[/]  lossy passes cost {escape(metric)} = {value:.3g}")

@@ -83,10 +83,8 @@ def sample(inputs: tuple[Input, ...], sizes: Sizes, rng: np.random.Generator) ->
             made[each.name] = mask
     for each in inputs:
         if each.kind == "positions":
-            mask = next((made[i.name] for i in inputs if i.kind == "mask"), None)
-            length = each.shape(sizes)[1]
-            ones = np.ones(each.shape(sizes), np.int64)
-            made[each.name] = np.maximum(np.cumsum(ones if mask is None else mask, 1) - 1, 0)[:, -length:]
+            masks = [made[i.name] for i in inputs if i.kind == "mask"] or [np.ones(each.shape(sizes), np.int64)]
+            made[each.name] = np.maximum(np.cumsum(masks[0], 1) - 1, 0)[:, -each.shape(sizes)[1] :]
     return {each.name: made[each.name] for each in inputs}
 
 

@@ -131,7 +131,10 @@ def _decoder(model: Any, kv_cache: str) -> list[Part]:
 
     def part(name: str, *, past: bool, keep: bool, length: int | str = SEQUENCE) -> Part:
         total = (TOTAL if length == SEQUENCE else f"{PAST} + {length}") if past else length
-        inputs = [Input("input_ids", (BATCH, length), "ids", vocabulary), Input("attention_mask", (BATCH, total), "mask")]
+        inputs = [
+            Input("input_ids", (BATCH, length), "ids", vocabulary),
+            Input("attention_mask", (BATCH, total), "mask"),
+        ]
         if positions:
             inputs.append(Input("position_ids", (BATCH, length), "positions"))
         count = len(inputs)
@@ -201,8 +204,9 @@ def _encoder_decoder(model: Any, folder: Path, kv_cache: str) -> list[Part]:
         decode(ids, hidden, tensors[1] if masked else None, cache)
         return hidden
 
-    own, cross = _states(model, lambda cache: start(example(sources, SIZES), _both(cache, empty()))), _states(
-        model, lambda cache: start(example(sources, SIZES), _both(empty(), cache))
+    own, cross = (
+        _states(model, lambda cache: start(example(sources, SIZES), _both(cache, empty()))),
+        _states(model, lambda cache: start(example(sources, SIZES), _both(empty(), cache))),
     )
     with standing_in(model):
         width = int(encode(example(sources, SIZES)).shape[-1])
@@ -325,11 +329,14 @@ def _layer_class() -> Any:
     class Layer(DynamicLayer):  # type: ignore[misc]
         """A layer whose first keys are taken as they are, instead of being joined to an empty tensor."""
 
+        is_initialized: bool
+
         def update(self, keys: Any, values: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-            if self.is_initialized:
-                return super().update(keys, values, *args, **kwargs)  # type: ignore[no-any-return]
-            self.keys, self.values = keys, values
-            self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-            return keys, values
+            if not self.is_initialized:
+                self.keys, self.values = keys, values
+                self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+                return keys, values
+            both: tuple[Any, Any] = super().update(keys, values, *args, **kwargs)
+            return both
 
     return Layer

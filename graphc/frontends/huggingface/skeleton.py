@@ -100,11 +100,11 @@ def _meta_parameters() -> Iterator[None]:
             parameter = torch.nn.Parameter(parameter.data.to("meta"), requires_grad=False)
         register(module, name, parameter)
 
-    torch.nn.Module.register_parameter = to_meta  # type: ignore[method-assign]
+    torch.nn.Module.register_parameter = to_meta
     try:
         yield
     finally:
-        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+        torch.nn.Module.register_parameter = register
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Which tensor on disk is which parameter, by transformers' own loading rules, without loading any.
 
-A parameter that is stored as it is becomes an ``ir.ExternalTensor`` at its place in the safetensors file; one in another
-float dtype, or one that transformers puts together from several (stacked experts), an ``ir.LazyTensor``.
+A parameter that is stored as it is becomes an ``ir.ExternalTensor`` at its place in the safetensors file; one in
+another float dtype, or one that transformers puts together from several (stacked experts), an ``ir.LazyTensor``.
 """
 
 from __future__ import annotations
