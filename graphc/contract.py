@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
+    from graphc.cache import Store
     from graphc.stats import Request, Statistics
 
 Arrays = Mapping[str, "np.ndarray[Any, Any]"]
@@ -162,6 +163,9 @@ class Context:
         statistics: What ``Pass.needs`` asked for, by request.
         collect: ``collect(model, requests)`` collects more while the pass runs, of any model: of its own half changed
             one, say, where later layers are to see what earlier ones have become.
+        original: The model as it came into the run, at the working opset, for passes that compare with it; not to be
+            changed. None if the run was resumed from a half done one.
+        store: Where unfinished work may be kept by content; None for nowhere.
         data: Samples to check on given by the user, each a mapping from input name to array; empty if none.
         calibration: Samples that statistics and losses are taken from: the user's, or some made to fit.
         labels: What the outputs should be for them, one array a sample; empty if unknown.
@@ -174,6 +178,8 @@ class Context:
     checkable: bool = True
     statistics: Statistics = field(default_factory=_no_statistics)
     collect: Callable[[ir.Model, Iterable[Request[Any]]], Statistics] = no_collector
+    original: ir.Model | None = None
+    store: Store | None = None
     data: Sequence[Arrays] = ()
     calibration: Sequence[Arrays] = ()
     labels: Sequence[np.ndarray[Any, Any]] = ()

@@ -360,8 +360,17 @@ class _Work:
 
     def run(self, passes: Sequence[Pass], done: Done | None) -> Done:
         """Run passes on the loaded model, or on what was resumed; what is in the cache is not done again."""
+        from graphc.cache import Store
+
         settings = self.settings
-        context = Context(settings.target.capabilities(), seed=settings.seed, data=self.samples, progress=self.progress)
+        context = Context(
+            settings.target.capabilities(),
+            seed=settings.seed,
+            original=None if done else self.loaded.model,
+            store=Store() if settings.cache else None,
+            data=self.samples,
+            progress=self.progress,
+        )
         store, name = self._cache(passes, done, context)
         if store is not None and (entry := store.get(name)) is not None:
             known = _recall(entry)

@@ -72,7 +72,7 @@ class Loss:
         if not floats:
             raise BadInput("the model has no floating-point output to take a loss of")
         if labels is not None:
-            return _labelled(floats[0].float(), labels)
+            return labelled(floats[0].float(), labels)
         tokens = _next_tokens(outputs, sample)
         if tokens is not None:
             scores, targets, counted = tokens
@@ -80,11 +80,20 @@ class Loss:
         return sum((t.float().square().mean() for t in floats), start=floats[0].new_zeros(())) / 2
 
 
-def _labelled(scores: Any, labels: Array) -> Any:
+def labelled(scores: Any, labels: Array) -> Any:
+    """The cross-entropy of scores ``(..., classes)`` for integers ``(...)``; the mean squared error for floats.
+
+    Args:
+        scores: A float tensor.
+        labels: Negative integers do not count.
+
+    Raises:
+        BadInput: The shapes do not fit.
+    """
     import torch
     from torch.nn import functional
 
-    targets = torch.from_numpy(np.ascontiguousarray(labels))
+    targets = torch.from_numpy(np.ascontiguousarray(labels)).to(scores.device)
     if targets.is_floating_point():
         if targets.shape != scores.shape:
             raise BadInput(f"the labels have shape {tuple(targets.shape)}, the output {tuple(scores.shape)}")
