@@ -68,6 +68,7 @@ class PassResult:
     def __init__(self) -> None:
         self._changes: Counter[str] = Counter()
         self._refusals: dict[str, list[str]] = {}
+        self.notes: list[str] = []
 
     def change(self, what: str, count: int = 1) -> None:
         """Record ``count`` changes of the same kind, e.g. ``"Identity removed"``."""
@@ -78,6 +79,11 @@ class PassResult:
         """Record that something did not apply at ``node``."""
         name = node if isinstance(node, str) else (node.name or "")
         self._refusals.setdefault(reason, []).append(name)
+
+    def note(self, text: str) -> None:
+        """Tell the user something about the result that is neither a change nor a refusal."""
+        if text not in self.notes:
+            self.notes.append(text)
 
     @property
     def changed(self) -> bool:

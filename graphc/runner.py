@@ -56,10 +56,11 @@ class Done:
 
 @dataclass
 class Step:
-    """Something that was done to a model: what it reports, and the model it left."""
+    """Something that was done to a model: what it reports, the model it left, and what the user should know of it."""
 
     report: PassReport
     model: ir.Model
+    notes: Sequence[str] = ()
 
 
 Do = Callable[["ir.Model"], Step]
@@ -121,6 +122,7 @@ class Runner:
                 changed = changed or bool(step.report.changes)
                 self.done.passes.append(step.report)
                 self.done.model = step.model
+                self._warn(step.notes)
             if verdict is not None and good == len(steps):
                 self._note(verdict)
             if good == len(steps):
@@ -161,7 +163,7 @@ class Runner:
             return Step(report, model)
         report.changes, report.refusals = result.changes, result.refusals
         report.seconds = time.perf_counter() - start
-        return Step(report, clone if result.changed else model)
+        return Step(report, clone if result.changed else model, result.notes)
 
     def _informed(self, each: Pass, model: ir.Model) -> Context:
         """The context of a pass, with the statistics that it needs."""
@@ -169,9 +171,7 @@ class Runner:
         if not (wanted.statistics or wanted.calibration) or self.calibration is None:
             return self.context
         calibration = self.calibration()
-        for note in calibration.notes:
-            if note not in self.done.warnings:
-                self.done.warnings.append(note)
+        self._warn(calibration.notes)
         return dataclasses.replace(
             self.context,
             statistics=calibration.collect(model, wanted.statistics),
@@ -216,6 +216,7 @@ class Runner:
         self.done.passes.append(step.report)
         if not step.report.rolled_back:
             self.done.model, self.last = step.model, None
+            self._warn(step.notes)
 
     def _checker(self, reference: ir.Model) -> Checker | None:
         """The checker of a row, and through it whether anything can be checked at all."""
@@ -236,7 +237,11 @@ class Runner:
         ratio = comparison.worst.ratio if comparison.worst else 0.0
         if ratio >= self.done.rewrite.get("worst", 0.0):
             self.done.rewrite = comparison.to_json() | {"worst": ratio}
-        for note in comparison.notes:
+        self._warn(comparison.notes)
+
+    def _warn(self, notes: Sequence[str]) -> None:
+        """Tell the user, each thing once."""
+        for note in notes:
             if note not in self.done.warnings:
                 self.done.warnings.append(note)
 

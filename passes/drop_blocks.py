@@ -187,7 +187,8 @@ class DropBlocks(Pass):
             result.change(f"run of blocks replaced by a linear map ({part:.0%} of the plain error)")
         for silencing in silencings:
             silencing.write(model)
-        result.change(f"{self.unit} written to zero", len(chosen))
+        for unit in chosen:
+            result.change(f"{self.unit} {unit.name} written to zero")
         for unit in chosen:
             for out in {out.name: out for branch in unit.branches for out in branch.exits}.values():
                 result.refuse(out.name or "", "an output of the model: what computes it stays, though nothing reads it")
@@ -252,7 +253,8 @@ class DropBlocks(Pass):
                     continue
                 _collapsed(model, chain[at : at + size], self.replace)
                 dropped += size - 1
-                result.change("block merged into the one before", size - 1)
+                names = ", ".join(block.name for block in chain[at + 1 : at + size])
+                result.change(f"{names} merged into {chain[at].name}")
                 at -= self.merge
         if dropped < wanted:
             result.refuse("", f"only {dropped} of {wanted} blocks were merged: lower the threshold or the merge size")

@@ -368,7 +368,7 @@ def test_influence_takes_the_block_that_turns_the_stream_least() -> None:
     for criterion in ("influence", "angular", "probe", "magnitude"):
         gone, result = dropped(model.clone(), context(samples()), count=1, criterion=criterion)
         assert gone == ["layers.1#0", "layers.1#1"], criterion
-        assert result.changes == ["block written to zero"]
+        assert result.changes == ["block layers.1 written to zero"]
 
 
 def test_influence_equals_the_dense_computation() -> None:
@@ -526,7 +526,7 @@ def test_merged_weights_are_those_of_the_paper_or_of_the_code(how: str) -> None:
     before = {n: v.const_value.numpy().copy() for n, v in model.graph.initializers.items()}
     gone, result = dropped(model, context(samples()), count=2, replace=how, merge=3, threshold=-1.0)
     assert {name[:8] for name in gone} == {"layers.2", "layers.3"}
-    assert result.changes == ["block merged into the one before (×2)"]
+    assert result.changes == ["layers.2, layers.3 merged into layers.1"]
     after = {n: v.const_value.numpy() for n, v in model.graph.initializers.items()}
     for part in ("attention.q.weight", "mlp.down.weight"):
         own, second, third = (before[f"layers.{i}.{part}"] for i in (1, 2, 3))
