@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphc import __version__
-from graphc.errors import ExitCode, GraphcError
+from graphc.errors import BadInput, ExitCode, GraphcError
 from graphc.startup import prepare_process
 
 if TYPE_CHECKING:
@@ -82,9 +82,11 @@ def _optimize(commands: Any) -> None:
         epilog="examples:\n"
         "  graphc optimize model.onnx\n"
         "  graphc optimize model.onnx -o out.onnx -p 'simplify,fuse{only=conv-bn}' --why\n"
-        "  graphc optimize model.onnx -o artifact/ -r recipe.toml --data samples.npz --report report.html\n",
+        "  graphc optimize model.onnx -o artifact/ -r recipe.toml --data samples.npz --report report.html\n"
+        "  graphc optimize package.module:Net --inputs 'x=float32[1,3,32,32]'\n",
     )
-    command.add_argument("model", type=Path, help="an .onnx file, or a folder with one")
+    command.add_argument("model", type=Path, help=_MODEL)
+    _torch_flags(command)
     out = command.add_argument_group("output")
     out.add_argument(
         "-o",
@@ -166,9 +168,33 @@ def _optimize(commands: Any) -> None:
     command.add_argument("--why", action="store_true", help="list everything that did not apply, with its reason")
 
 
+_MODEL = "an .onnx file, an artifact, or a torch module: package.module:name or a .pt2 file"
+
+
+def _torch_flags(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group(
+        "torch modules",
+        "NAME in package.module:NAME is a module, a class of one, or a function that returns one or\n"
+        "(module, example_inputs). The current folder can be imported from.",
+    )
+    group.add_argument(
+        "--inputs",
+        metavar="INPUTS",
+        help="example inputs: a .npz file, or text such as 'ids=int64[1,16]<1000 x=float32[1,3,32,32] flag=true'; "
+        "<1000 bounds integers (2)",
+    )
+    group.add_argument(
+        "--dynamic",
+        default="auto",
+        metavar="AXES",
+        help="sizes that stay dynamic: auto, batch, none, or 'ids:0=batch,1=sequence x:0=batch' (auto)",
+    )
+
+
 def _inspect(commands: Any) -> None:
     command = _command(commands, "inspect", _run_inspect, "Show what is in a model.")
-    command.add_argument("model", type=Path, help="an .onnx file or an artifact folder")
+    command.add_argument("model", type=Path, help=_MODEL)
+    _torch_flags(command)
     what = command.add_mutually_exclusive_group()
     what.add_argument("--text", action="store_true", help="print the whole graph as text")
     what.add_argument("--groups", action="store_true", help="show what can be cut together, and what cannot and why")
@@ -187,7 +213,8 @@ def _explain(commands: Any) -> None:
         _run_explain,
         "Say what goes with a weight, a node or a group when it is cut, or why it cannot be cut.",
     )
-    command.add_argument("model", type=Path, help="an .onnx file or an artifact folder")
+    command.add_argument("model", type=Path, help=_MODEL)
+    _torch_flags(command)
     command.add_argument("name", help="a weight, a node or a group, as 'graphc inspect --groups' shows it")
     command.add_argument("--allow-interface", action="store_true", help="count inputs and outputs as free to cut")
 
@@ -196,6 +223,7 @@ def _verify(commands: Any) -> None:
     command = _command(commands, "verify", _run_verify, "Check that two models compute the same.")
     command.add_argument("a", type=Path, help="the reference")
     command.add_argument("b", type=Path, help="the model to check")
+    _torch_flags(command)
     command.add_argument("--data", metavar="DATA", help="inputs to compare on; made to fit if not given")
     command.add_argument("--tokenizer", type=Path, metavar="PATH", help="for text: a folder with tokenizer.json")
     command.add_argument("--seed", type=int, default=0, help="seed of the inputs made (0)")
@@ -205,6 +233,7 @@ def _verify(commands: Any) -> None:
 def _bench(commands: Any) -> None:
     command = _command(commands, "bench", _run_bench, "Time models against each other, interleaved in one run.")
     command.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="the first is the baseline")
+    _torch_flags(command)
     command.add_argument("--data", metavar="DATA", help="inputs to run; made to fit if not given")
     command.add_argument("--tokenizer", type=Path, metavar="PATH", help="for text: a folder with tokenizer.json")
     command.add_argument("--seconds", type=float, default=5.0, help="time to spend, for all models together (5)")
@@ -278,15 +307,33 @@ def _data(text: str | None, tokenizer: Path | None) -> Any:
     return Spec.parse(text).with_tokenizer(tokenizer)
 
 
+def _source(a: Any, model: Path, *, verify: bool = False) -> Any:
+    """What is loaded later as it is, or a torch module, exported."""
+    from graphc.export import examples
+    from graphc.frontends import is_torch, load
+
+    axes = examples.axes(a.dynamic)
+    if not is_torch(model):
+        if a.inputs:
+            raise BadInput("only torch modules take --inputs", where=str(model), hint="leave them out, or give --data")
+        return model
+    return load(
+        model, examples.read(a.inputs) if a.inputs else None, dynamic=axes, verify=verify, seed=getattr(a, "seed", 0)
+    )
+
+
 def _run_optimize(a: Any) -> int:
     settings = _settings(a)
+    from graphc.artifact import check_output
     from graphc.pipeline import default_output, run
     from graphc.views.progress import bar
 
     output = a.output or default_output(a.model)
+    check_output(a.model, output)
     with bar(a.quiet or a.json) as progress:
+        progress("loading", 0, 0)
         report = run(
-            a.model,
+            _source(a, a.model, verify=settings.verify),
             output,
             settings,
             progress=progress,
@@ -308,7 +355,8 @@ def _run_inspect(a: Any) -> int:
         from graphc.frontends import load
         from graphc.model import text
 
-        print(text(load(a.model).original))
+        source = _source(a, a.model)
+        print(text((load(source) if isinstance(source, Path) else source).original))
         return ExitCode.OK
     if a.groups or a.dot or a.svg:
         return _show_groups(a)
@@ -316,7 +364,7 @@ def _run_inspect(a: Any) -> int:
         return _show_blocks(a)
     from graphc.inspection import inspect
 
-    found = inspect(a.model)
+    found = inspect(_source(a, a.model))
     if a.json:
         _print_json(found)
     else:
@@ -329,7 +377,7 @@ def _run_inspect(a: Any) -> int:
 def _groups(a: Any) -> Any:
     from graphc.axes import coupled_groups
 
-    return coupled_groups(a.model, allow_interface=a.allow_interface)
+    return coupled_groups(_source(a, a.model), allow_interface=a.allow_interface)
 
 
 def _show_groups(a: Any) -> int:
@@ -379,7 +427,8 @@ def _run_verify(a: Any) -> int:
     from graphc.views.progress import bar
 
     with bar(a.json) as progress:
-        comparison = verify(a.a, a.b, data=_data(a.data, a.tokenizer), seed=a.seed, progress=progress)
+        pair = [_source(a, each, verify=True) for each in (a.a, a.b)]
+        comparison = verify(*pair, data=_data(a.data, a.tokenizer), seed=a.seed, progress=progress)
     if a.json:
         _print_json(comparison.to_json())
     else:
@@ -395,7 +444,7 @@ def _run_bench(a: Any) -> int:
 
     with bar(a.json) as progress:
         found = bench(
-            a.models,
+            [_source(a, each) for each in a.models],
             data=_data(a.data, a.tokenizer),
             seconds=a.seconds,
             threads=a.threads,

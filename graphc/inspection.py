@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +14,9 @@ from graphc import edit, flops
 from graphc.model import nbytes, parameters
 from graphc.views.units import count, size
 
+if TYPE_CHECKING:
+    from graphc.frontends import Source
+
 LARGEST = 5
 """How many of the largest tensors are listed."""
 
@@ -21,15 +24,19 @@ _CHECKED = 1 << 24
 """Elements up to which a weight is searched for NaN and infinity."""
 
 
-def inspect(path: Path) -> dict[str, Any]:
+def inspect(source: Path | Source) -> dict[str, Any]:
     """Everything ``graphc inspect`` shows, as plain data.
+
+    Args:
+        source: A file or folder, or what ``graphc.load`` returned.
 
     Raises:
         BadInput: The model cannot be read.
     """
     from graphc import frontends
 
-    model = frontends.load(path).original
+    loaded = source if isinstance(source, frontends.Source) else frontends.load(source)
+    model = loaded.original
     bound = flops.bind(model)
     cost: Counter[str] = Counter()
     for node in edit.nodes(bound):
@@ -40,7 +47,7 @@ def inspect(path: Path) -> dict[str, Any]:
         weights[_operator(node)] += sum(edit.nbytes(t) for v in node.inputs if (t := edit.tensor(v)) is not None)
     tensors = sorted(_tensors(model), key=lambda t: -edit.nbytes(t[1]))
     summary = {
-        "file": str(path),
+        "file": str(loaded.path),
         "producer": " ".join(filter(None, (model.producer_name, model.producer_version))) or "unknown",
         "IR version": model.ir_version,
         "opset": ", ".join(f"{domain or 'ai.onnx'} {v}" for domain, v in sorted(model.opset_imports.items())),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,12 +13,14 @@ from graphc import runtime
 from graphc.checking import inputs
 from graphc.contract import Arrays, Runnable, no_progress
 from graphc.errors import BadInput
+from graphc.model import save
 from graphc.runtime import timing
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from graphc.data import Given
+    from graphc.frontends import Source
 
 QUICK = 1.0
 """Seconds that ``graphc optimize`` spends on timing, warm-up excluded."""
@@ -85,7 +88,7 @@ def against(original: ir.Model, output: Runnable, arrays: Arrays) -> dict[str, A
 
 
 def bench(
-    models: Sequence[Path],
+    models: Sequence[Path | Source],
     *,
     data: Given | None = None,
     seconds: float = 5.0,
@@ -96,7 +99,7 @@ def bench(
     """Time models against the first one, interleaved, and measure the peak memory of each in a process of its own.
 
     Args:
-        models: ``.onnx`` files or artifact folders that take the same inputs.
+        models: ``.onnx`` files, artifact folders, or what ``graphc.load`` returned, that take the same inputs.
         data: Inputs to run, see ``graphc.data``; the first sample is used. Made to fit when not given.
         seconds: The time to spend on all of them together, after a warm-up.
         threads: Threads within an operator; 0 lets the runtime choose.
@@ -110,22 +113,23 @@ def bench(
     from graphc.data import load
 
     progress("loading", 0, len(models))
-    first = frontends.load(models[0]).original
+    loaded = [each if isinstance(each, frontends.Source) else frontends.load(each) for each in models]
+    first = loaded[0].original
     arrays = load(data, first)[0] if data is not None else sample(first)
-    sources = [frontends.load(path).files[0] for path in models]
-    labels = [f"{i}:{path}" for i, path in enumerate(models)]
-    runnables: dict[str, Runnable] = {}
-    for label, path in zip(labels, sources, strict=True):
-        runnables[label] = runtime.session(path, optimise=True, provider=provider, threads=threads)
-    progress("timing", 0, 0)
-    times = timing.measure(runnables, arrays, seconds=seconds)
+    labels = [f"{i}:{each.path}" for i, each in enumerate(loaded)]
     rows = []
-    for i, (label, path) in enumerate(zip(labels, sources, strict=True)):
-        progress("measuring memory", i, len(models))
-        memory = timing.peak_memory(path, arrays, provider=provider, threads=threads)
-        rows.append(
-            {"model": str(models[i]), **asdict(times[label]), "memory": memory.peak, "anonymous": memory.anonymous}
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        files = [each.files[0] if each.files else _stored(each, Path(folder) / str(i)) for i, each in enumerate(loaded)]
+        runnables: dict[str, Runnable] = {}
+        for label, path in zip(labels, files, strict=True):
+            runnables[label] = runtime.session(path, optimise=True, provider=provider, threads=threads)
+        progress("timing", 0, 0)
+        times = timing.measure(runnables, arrays, seconds=seconds)
+        for i, (label, path) in enumerate(zip(labels, files, strict=True)):
+            progress("measuring memory", i, len(models))
+            memory = timing.peak_memory(path, arrays, provider=provider, threads=threads)
+            measured = {"memory": memory.peak, "anonymous": memory.anonymous}
+            rows.append({"model": str(loaded[i].path), **asdict(times[label]), **measured})
     return {
         "schema": "graphc-bench/1",
         "models": rows,
@@ -133,3 +137,9 @@ def bench(
         "input": ", ".join(f"{name} {list(a.shape)}" for name, a in arrays.items()),
         "threads": threads,
     }
+
+
+def _stored(source: Source, folder: Path) -> Path:
+    """The file of a model that was only in memory."""
+    folder.mkdir()
+    return save(source.original, folder / "model.onnx")[0]

@@ -53,7 +53,8 @@ def optimize(
     """Make a model smaller and faster; what ``graphc optimize`` does.
 
     Args:
-        source: An ``.onnx`` file, a folder with one, or what ``graphc.load`` returned.
+        source: An ``.onnx`` file, a folder with one, or what ``graphc.load`` returned, for torch modules with their
+            example inputs.
         output: ``.onnx`` file or artifact folder to write; None writes nothing (the result is ``report.model``).
         recipe: A recipe, its text, a list of passes, or None for every exact portable pass.
         target: A backend or its text.
@@ -99,8 +100,8 @@ def optimize(
 
 
 def verify(
-    reference: str | Path,
-    candidate: str | Path,
+    reference: str | Path | Source,
+    candidate: str | Path | Source,
     *,
     data: Given | None = None,
     seed: int = 0,
@@ -109,7 +110,7 @@ def verify(
     """Check that two models compute the same, up to the rounding of their dtypes; what ``graphc verify`` does.
 
     Args:
-        reference: The model that is right: an ``.onnx`` file or an artifact folder.
+        reference: The model that is right: an ``.onnx`` file, an artifact folder, or what ``graphc.load`` returned.
         candidate: The model to check.
         data: Inputs to compare on, see ``graphc.data``; made to fit when not given.
         seed: Of the inputs made.
@@ -122,20 +123,21 @@ def verify(
     from graphc import frontends
     from graphc.checking import Checker
 
-    a, b = frontends.load(Path(reference)), frontends.load(Path(candidate))
+    a, b = (each if isinstance(each, frontends.Source) else frontends.load(each) for each in (reference, candidate))
     given = samples.load(data, a.original) if data is not None else ()
     return Checker(a.original, data=given, seed=seed, progress=progress).compare(b.original)
 
 
 def default_output(source: Path) -> Path:
-    """``model.opt.onnx`` beside ``model.onnx``; ``folder.opt.onnx`` beside a folder; ``folder.opt/`` for a Hugging Face
-    model, which goes with its tokenizer."""
+    """``model.opt.onnx`` beside ``model.onnx`` and ``model.pt2``; ``folder.opt.onnx`` beside a folder; ``folder.opt/``
+    for a Hugging Face model, which goes with its tokenizer; ``name.opt.onnx`` here for ``package.module:name``."""
     from graphc.frontends import hf
 
     if hf.knows(source):
         name = str(source).removeprefix(hf.HUB).replace("/", "-") if str(source).startswith(hf.HUB) else source.name
         return source.with_name(f"{name}.opt") if source.exists() else Path(f"{name}.opt")
-    return source.with_name(f"{source.stem if source.suffix == '.onnx' else source.name}.opt.onnx")
+    name = source.stem if source.suffix in (".onnx", ".pt2") else source.name
+    return source.with_name(f"{name.rpartition(':')[2]}.opt.onnx")
 
 
 def run(
@@ -179,7 +181,7 @@ def run(
             _adapted(part, settings, progress),
             _of_part(part, loaded, settings),
             progress,
-            artifact.describe(part.original, () if loaded.others else part.files),
+            _described(part, alone=not loaded.others),
         )
         for part in loaded.parts
     ]
@@ -188,7 +190,8 @@ def run(
     if loaded.others:
         report = Report.together({part.name: each for part, each in zip(loaded.parts, reports, strict=True)})
         report.input = artifact.describe_stored(report.input, loaded.files)
-    files = [*loaded.files, *inputs, *recipe.files(), *_files(settings.data), *_files(settings.calibrate)]
+    read = [*loaded.files, *loaded.depends, *inputs, *recipe.files()]
+    files = [*read, *_files(settings.data), *_files(settings.calibrate)]
     beside = {name: write for work in works for name, write in work.loaded.beside.items()}
     artifact.place(report, output, settings, [work.try_out for work in works], beside, loaded.companions)
     if depfile is not None and output is not None and not settings.dry_run:
@@ -229,6 +232,14 @@ def _of_part(part: Source, loaded: Source, settings: Settings) -> Settings:
             )
         own[name] = replace(given, path=str(places[part.name][0])) if places[part.name] else None
     return replace(settings, **own)
+
+
+def _described(part: Source, *, alone: bool) -> dict[str, Any]:
+    """What the report says of the input; a model that is in no file has the hash of its content."""
+    from graphc import artifact
+
+    found = artifact.describe(part.original, part.files if alone else ())
+    return found | ({"path": str(part.path), "sha256": part.sha256} if part.sha256 else {})
 
 
 def _adapted(loaded: Source, settings: Settings, progress: Progress) -> Source:
@@ -319,6 +330,7 @@ class _Work:
             approximation=done.approximation,
             measurements=dict(loaded.measurements),
             warnings=done.warnings,
+            notes=list(loaded.notes),
             model=done.model,
         )
         if settings.strict and not report.ok:
@@ -411,6 +423,7 @@ class _Work:
             return None, ""
         hashed = [*self.loaded.files, *named]
         return store, cache.key(
+            source=self.loaded.sha256,
             files=[cache.file_hash(path) for path in hashed],
             recipe=Recipe(tuple(passes)).text(),
             done=done.to_json() if done else None,

@@ -63,6 +63,7 @@ class Report:
         approximation: What the lossy passes cost: metric -> value; empty if there were none.
         measurements: Whatever was timed: latency, ratio, spread.
         warnings: What the user should know.
+        notes: How the input was made, where it was no ONNX model: how it was exported, what it was compared with.
         model: The resulting model (not part of the JSON document).
         parts: Where the model is several graphs, the report of each, by name; ``input`` and ``output`` are then all of
             them together, and what passes did is said by part.
@@ -77,6 +78,7 @@ class Report:
     approximation: dict[str, Any] = field(default_factory=dict)
     measurements: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     model: ir.Model | None = field(default=None, repr=False, compare=False)
     parts: dict[str, Report] = field(default_factory=dict)
 

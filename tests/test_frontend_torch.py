@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +15,9 @@ pytest.importorskip("onnxscript")
 
 from torch import nn  # noqa: E402
 
+import graphc  # noqa: E402
 from graphc import edit, runtime  # noqa: E402
-from graphc.errors import BadInput  # noqa: E402
+from graphc.errors import BadInput, CheckFailed  # noqa: E402
 from graphc.frontends.torch import Exported, export  # noqa: E402
 from graphc.simplification.constants import AXES  # noqa: E402
 
@@ -210,3 +212,221 @@ def test_examples_that_do_not_fit() -> None:
         export(Tied(), tokens(2, 6)[0])
     with pytest.raises(BadInput, match="did you mean 'attention_mask'"):
         export(Tied(), {"input_ids": tokens(2, 6)[0], "attention_msk": tokens(2, 6)[1]})
+
+
+@dataclasses.dataclass
+class Pair:
+    mean: Any
+    parts: list[Any]
+
+
+torch.export.register_dataclass(Pair)
+
+
+class Nested(nn.Module):
+    """Inputs and outputs of every form: a dict, a list, a dataclass, an input handed through, a weight, a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([2.0, 3.0]))
+        self.register_buffer("offset", torch.ones(2), persistent=False)
+
+    def forward(self, state: dict[str, Any], flag: Any, gain: float = 1.0, other: Any = None) -> Any:
+        x = state["x"] * self.scale * gain + self.offset
+        y = torch.where(flag, x, state["list"][0])
+        return Pair(y.mean(0), [y, state["x"], y, self.scale.clone(), None])
+
+
+def test_nested_inputs_and_results() -> None:
+    module = Nested().eval()
+    state = {"x": torch.randn(3, 2), "list": [torch.randn(3, 2)]}
+    exported = export(module, {"state": state, "flag": torch.tensor([True, False]), "gain": 0.5})
+    graph = exported.model.graph
+    assert [v.name for v in graph.inputs] == ["state_x", "state_list_0", "flag"]
+    assert [v.name for v in graph.outputs] == ["mean", "parts.0", "parts.1", "parts.2", "parts.3"]
+    assert exported.axes["state_x"] == {0: "batch"} == exported.axes["state_list_0"]
+    assert exported.notes[-1] == "no tensors, hence fixed in the model: gain = 0.5"
+    assert {"scale", "offset"} <= set(graph.initializers)
+    x, y, flag = torch.randn(5, 2), torch.randn(5, 2), torch.tensor([False, True])
+    with torch.no_grad():
+        wanted = module({"x": x, "list": [y]}, flag, 0.5)
+    found = run(exported.model, x, y, flag)
+    for got, want in zip(found.values(), [wanted.mean, *wanted.parts[:4]], strict=True):
+        np.testing.assert_allclose(got, want.detach().numpy(), rtol=1e-5)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.cell = kind(6, 8, batch_first=True, bidirectional=True)
+
+    def forward(self, x: Any) -> Any:
+        return self.cell(x)[0]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent(kind: type[nn.RNNBase]) -> None:
+    torch.manual_seed(0)
+    source = graphc.load(Recurrent(kind).eval(), torch.randn(1, 5, 6))
+    assert source.notes[0] == "exported with torch.export; dynamic: batch, sequence"
+    assert source.notes[-1].startswith("the same as the module on 5 inputs")
+    assert "cell.weight_ih_l0" in source.original.graph.initializers
+    assert any(n.op_type == kind.__name__ for n in edit.nodes(source.original))
+    # What an export leaves behind in torch does not spoil the next one.
+    assert export(Recurrent(kind), torch.randn(2, 5, 6)).axes == {"x": {0: "batch", 1: "sequence"}}
+
+
+class Branch(nn.Module):
+    def forward(self, x: Any) -> Any:
+        if x.sum() > 0:
+            return x
+        return -x
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), Branch())
+
+    def forward(self, x: Any) -> Any:
+        return self.body(x)
+
+
+def test_control_flow_on_values_names_module_and_line(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(BadInput) as caught:
+        export(Branching(), torch.randn(2, 4))
+    assert "body.1 (Branch)" in caught.value.where
+    assert "if x.sum() > 0:" in caught.value.where and "test_frontend_torch.py:" in caught.value.where
+    assert "depends on the values of a tensor" in caught.value.why and "torch.where" in caught.value.hint
+    assert capfd.readouterr() == ("", "")
+
+
+class ByNumber(nn.Module):
+    """A size as a key: only byte code can be traced, which takes the size for a constant."""
+
+    def forward(self, x: Any) -> Any:
+        return x * {2: 3.0, 3: 4.0}[x.shape[0]]
+
+
+@torch._dynamo.disable
+def _factor(x: Any) -> float:
+    return {2: 3.0, 3: 4.0}[x.shape[0]]
+
+
+class ByHiddenNumber(nn.Module):
+    """The same where byte code cannot be followed."""
+
+    def forward(self, x: Any) -> Any:
+        return x * _factor(x)
+
+
+class Distances(nn.Module):
+    """An operator that only the TorchScript exporter has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x: Any) -> Any:
+        return torch.cdist(x, self.table)
+
+
+def test_fallbacks_in_their_order() -> None:
+    torch.manual_seed(0)
+    strict = graphc.load(ByNumber(), torch.randn(2, 4))
+    assert strict.notes[0] == "exported with torch.export (strict); dynamic: sequence"
+    assert "unhashable" in strict.notes[1]
+    assert strict.notes[2] == "axis 0 of input 'x' stays at 2: the module takes only that size"
+
+    static = graphc.load(ByHiddenNumber(), torch.randn(2, 4))
+    assert static.notes[0] == "exported with torch.export, static sizes; all sizes static"
+    assert len(static.notes) == 6
+
+    recorded = graphc.load(Distances(), torch.randn(2, 4))
+    assert "TorchScript" in recorded.notes[0]
+    assert "no form for the operator aten._cdist_forward" in recorded.notes[1]
+    assert "torch.cdist(x, self.table)" in recorded.notes[1]
+    assert "table" in recorded.original.graph.initializers
+    assert recorded.original.opset_imports[""] == 21
+
+
+class Unknown(nn.Module):
+    def forward(self, x: Any) -> Any:
+        return torch.special.bessel_j0(x)
+
+
+def test_an_operator_without_onnx_form() -> None:
+    with pytest.raises(BadInput) as caught:
+        export(Unknown(), torch.randn(2, 4))
+    assert "bessel_j0" in caught.value.why and "torch.special.bessel_j0(x)" in caught.value.where
+
+
+class Writes(nn.Module):
+    """Counts its runs in a buffer, and writes into its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("runs", torch.zeros(1))
+
+    def forward(self, x: Any) -> Any:
+        self.runs.add_(1)
+        x.mul_(2)
+        return x + 1
+
+
+def test_what_a_module_writes_into_is_noted() -> None:
+    example = torch.ones(2, 3)
+    exported = export(Writes(), example)
+    assert any("writes into its buffer 'runs'" in note for note in exported.notes)
+    assert any("writes into its input 'x'" in note for note in exported.notes)
+    assert len(exported.model.graph.outputs) == 1
+    assert example.sum() == 6
+    np.testing.assert_array_equal(run(exported.model, torch.ones(2, 3))["output"], np.full((2, 3), 3))
+
+
+class Lying(nn.Module):
+    """Computes something else while it is traced."""
+
+    def forward(self, x: Any) -> Any:
+        return x * 1.1 if torch.compiler.is_exporting() else x
+
+
+def test_a_model_that_differs_from_its_module_is_refused() -> None:
+    with pytest.raises(CheckFailed, match="computes something else than the module"):
+        graphc.load(Lying(), torch.randn(2, 3))
+    assert "checks are off" in graphc.load(Lying(), torch.randn(2, 3), verify=False).notes[-1]
+
+
+class Unsized(nn.Module):
+    """Right at the example's length alone."""
+
+    def forward(self, x: Any) -> Any:
+        return x * (1.0 if torch.compiler.is_exporting() or x.shape[1] == 4 else 2.0)
+
+
+def test_sizes_at_which_the_model_is_wrong_become_static() -> None:
+    source = graphc.load(Unsized(), torch.randn(2, 4))
+    assert "dynamic: batch, sequence it computes something else" in source.notes[0]
+    assert source.notes[1] == "exported with torch.export; dynamic: batch"
+
+
+def test_pruned_model_agrees_with_the_pruned_module() -> None:
+    torch.manual_seed(0)
+    module = Mlp().eval()
+    report = graphc.optimize(
+        graphc.load(module, torch.randn(2, 8)), recipe="simplify,prune{ratio=0.5},shrink", cache=False
+    )
+    assert report.model is not None and report.ok
+    kept = report.model.graph.initializers
+    up, down = kept["up.weight"].const_value, kept["down.weight"].const_value
+    assert up is not None and down is not None
+    assert sorted(up.shape.numpy()) == [8, 8]
+    # What is left are rows of the module's own weights.
+    rows = up.numpy() if AXES not in kept["up.weight"].metadata_props else up.numpy().T
+    own = module.up.weight.detach().numpy()
+    index = [int(np.flatnonzero((own == row).all(axis=1))[0]) for row in rows]
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        wanted = torch.relu(module.up(x))[:, index] @ module.down.weight[:, index].T
+        wanted = wanted + torch.from_numpy(kept["down.bias"].const_value.numpy().copy())  # type: ignore[union-attr]
+    np.testing.assert_allclose(run(report.model, x)["output"], wanted.numpy(), rtol=1e-4, atol=1e-5)

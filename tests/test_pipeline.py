@@ -264,7 +264,7 @@ def test_the_report_is_written_as_json_and_html(tmp_path: Path) -> None:
         run(DATA / "fmnist_resnet.onnx", tmp_path / "o.onnx", settings, report_file=tmp_path / name)
     document = json.loads((tmp_path / "r.json").read_text())
     assert document["schema"] == "graphc-report/1"
-    keys = "schema input output target recipe passes rewrite approximation measurements warnings"
+    keys = "schema input output target recipe passes rewrite approximation measurements warnings notes"
     assert set(document) == set(keys.split())
     keys = "name options effect changes refusals error rolled_back seconds"
     assert set(document["passes"][0]) == set(keys.split())

@@ -28,5 +28,5 @@ def coupled_groups(model: str | Path | Source | ir.Model, *, allow_interface: bo
     from graphc.axes.groups import analyse
 
     if isinstance(model, str | Path):
-        model = frontends.load(Path(model))
+        model = frontends.load(model)
     return analyse(model if isinstance(model, ir.Model) else model.model, interface=allow_interface)

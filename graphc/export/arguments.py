@@ -70,39 +70,31 @@ def arguments(module: torch.nn.Module, example: Any, kwargs: Mapping[str, Any] |
 
     Args:
         module: What they are for.
-        example: A tensor or an array, the positional arguments as a tuple or list, or the arguments as a dict by name.
+        example: A tensor or an array, the positional arguments as a tuple or list, or the arguments as a dict by
+            name (a dict that is an argument goes into a tuple).
         kwargs: Arguments by name, besides those in ``example``.
 
     Raises:
         BadInput: They do not fit the parameters of ``forward``.
     """
     signature = inspect.signature(module.forward)
-    args, named = _passed(example, signature)
+    args, named = _passed(example)
     named |= kwargs or {}
     args, named = _tensors(args), _tensors(named)
     try:
-        bound = signature.bind(*args, **named)
+        signature.bind(*args, **named)
     except TypeError as error:
         raise _unfit(module, signature, error, named) from None
     names = [*_positional(signature, len(args)), *named]
-    assert bound
     return Arguments(args, named, _leaves(args, named, names))
 
 
-def _passed(example: Any, signature: inspect.Signature) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _passed(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if example is None:
         return (), {}
     if isinstance(example, tuple | list):
         return tuple(example), {}
-    if isinstance(example, Mapping):
-        kinds = {p.kind for p in signature.parameters.values()}
-        by_name = inspect.Parameter.VAR_KEYWORD in kinds or set(example) <= set(signature.parameters)
-        required = [p for p in signature.parameters.values() if p.default is p.empty and p.kind not in _VARIADIC]
-        # A module may take the whole dict as its one argument.
-        if not by_name and len(required) == 1:
-            return (dict(example),), {}
-        return (), dict(example)
-    return (example,), {}
+    return ((), dict(example)) if isinstance(example, Mapping) else ((example,), {})
 
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

@@ -12,9 +12,10 @@ from graphc.export.arguments import Arguments, Leaf
 Axes = dict[int, str]
 """Axes of one input that shall be dynamic, each with its name; the empty name lets one be chosen."""
 
-AUTO = "auto"
+AUTO, BATCH = "auto", "batch"
 Dynamic = str | bool | Mapping[str, Any] | None
-"""``"auto"`` (or True), None (or False) for static sizes, or ``{input: {axis: name}}``."""
+"""``"auto"`` (or True), ``"batch"`` for the first axes alone, None (or False) for static sizes, or
+``{input: {axis: name}}``."""
 
 
 def plan(given: Arguments, dynamic: Dynamic) -> list[Axes]:
@@ -35,8 +36,12 @@ def plan(given: Arguments, dynamic: Dynamic) -> list[Axes]:
         return [{} for _ in given.leaves]
     if dynamic is True or dynamic == AUTO:
         return _auto(given)
+    if dynamic == BATCH:
+        return [{0: each[0]} if 0 in each else {} for each in _auto(given)]
     if not isinstance(dynamic, Mapping):
-        raise BadInput(f"cannot read the dynamic axes {dynamic!r}", hint="give 'auto', none, or {input: {axis: name}}")
+        raise BadInput(
+            f"cannot read the dynamic axes {dynamic!r}", hint="give 'auto', 'batch', none, or {input: {axis: name}}"
+        )
     return _explicit(given, dynamic)
 
 
@@ -110,15 +115,16 @@ def names(inputs: Sequence[tuple[str, Sequence[str | int], Axes]]) -> dict[str, 
             if isinstance(size, str) and axes.get(axis):
                 call(size, axes[axis])
     for wanted in ("batch", "sequence", "height", "width", ""):
-        for name, sizes, _ in inputs:
+        for tensor, sizes, _ in inputs:
             for axis, size in enumerate(sizes):
-                usual = _usual(axis, len(sizes))
-                if isinstance(size, str) and size not in found and (not wanted or usual == wanted):
-                    call(size, usual if usual and usual not in taken else f"{name}_{axis}")
+                name = usual(axis, len(sizes))
+                if isinstance(size, str) and size not in found and (not wanted or name == wanted):
+                    call(size, name if name and name not in taken else f"{tensor}_{axis}")
     return found
 
 
-def _usual(axis: int, rank: int) -> str:
+def usual(axis: int, rank: int) -> str:
+    """What the size of an axis is most often; empty if there is no telling."""
     if axis == 0:
         return "batch"
     if axis == 1 and rank in (2, 3):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from graphc import edit
+from graphc import edit, shapes
 from graphc.errors import BadInput
 from graphc.export import dims
 from graphc.export.arguments import key_text, plain
@@ -27,12 +27,18 @@ ALIASES = "graphc.aliases"
 _DROPPED = ("pkg.torch.", "pkg.onnxscript.")
 
 
-def aliases(module: torch.nn.Module) -> dict[str, list[str]]:
+def aliases(module: torch.nn.Module | ExportedProgram) -> dict[str, list[str]]:
     """All names of every parameter and buffer that has several, by each of them, in the module's order."""
-    by_tensor: dict[int, list[str]] = {}
-    for named in (module.named_parameters, module.named_buffers):
-        for name, held in named(remove_duplicate=False):
+    import torch
+
+    by_tensor: dict[Any, list[str]] = {}
+    if isinstance(module, torch.nn.Module):
+        named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        for name, held in named:
             by_tensor.setdefault(id(held), []).append(name)
+    else:
+        for name, held in module.state_dict.items():
+            by_tensor.setdefault((held.data_ptr(), held.shape, held.stride(), held.dtype), []).append(name)
     return {name: names for names in by_tensor.values() if len(names) > 1 for name in names}
 
 
@@ -102,8 +108,21 @@ def _clean(properties: dict[str, str]) -> None:
             del properties[key]
 
 
-def sizes(model: ir.Model, by: Mapping[str, str]) -> None:
-    """Rename the symbols in all shapes; one that stands for a number becomes it."""
+def sizes(model: ir.Model, by: Mapping[str, str], inputs: Sequence[Sequence[int | str]]) -> None:
+    """Rename the symbols in all shapes; one that stands for a number becomes it.
+
+    Args:
+        model: With torch's symbols.
+        by: The new names.
+        inputs: The sizes of the inputs; where the model declares others, all else that it declares is found anew.
+    """
+    declared = [tuple(str(size) for size in value.shape or ()) for value in model.graph.inputs]
+    if declared != [tuple(map(str, each)) for each in inputs]:
+        for value, wanted in zip(model.graph.inputs, inputs, strict=True):
+            value.shape = ir.Shape(list(wanted))
+        for value in model.graph.outputs:
+            value.shape = None
+        shapes.infer(model)
     for graph in edit.graphs(model):
         for value in (*graph.inputs, *(v for node in graph for v in node.outputs)):
             if value.shape is None or value.shape.frozen:
@@ -153,29 +172,36 @@ def _rename(graph: ir.Graph, value: ir.Value, name: str) -> None:
         value.name = name
 
 
-def results(program: ExportedProgram) -> list[str]:
-    """Names for the tensors of a module's result, in their order: keys of dicts, fields, or numbers."""
+def results(tree: Any, kept: Sequence[int]) -> list[str]:
+    """Names for what a module returns: keys of dicts, fields of dataclasses, or numbers.
+
+    Args:
+        tree: What it returns; its leaves may be anything.
+        kept: The numbers of the leaves that became outputs.
+    """
     from torch.utils import _pytree as pytree
 
-    kinds = {"USER_OUTPUT"}
-    specs = [s for s in program.graph_signature.output_specs if s.kind.name in kinds]
-    spec = program.call_spec.out_spec
-    assert spec is not None
-    tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    paths = {index: path for path, index in pytree.tree_flatten_with_path(tree)[0]}
-    tensors = [index for index, each in enumerate(specs) if type(each.arg).__name__ != "ConstantArgument"]
+    paths = [path for path, _ in pytree.tree_flatten_with_path(tree)[0]]
     names: list[str] = []
-    for number, index in enumerate(tensors):
-        name = _result(paths[index], number, len(tensors))
+    for index in kept:
+        words = [plain(key_text(key)) for key in paths[index]]
+        if any(not word.isdigit() for word in words):
+            name = ".".join(words)
+        else:
+            name = "output" if len(kept) == 1 else "_".join(["output", *words])
         names.append(name if name not in names else f"{name}_{index}")
     return names
 
 
-def _result(path: Any, number: int, count: int) -> str:
-    words = [plain(key_text(key)) for key in path]
-    if any(not word.isdigit() for word in words):
-        return ".".join(words)
-    return "output" if count == 1 else "_".join(["output", *words])
+def result_of(program: ExportedProgram) -> tuple[Any, list[int]]:
+    """The tree that a program returns, with numbers as leaves, and the leaves that are no constants."""
+    from torch.utils import _pytree as pytree
+
+    specs = [s for s in program.graph_signature.output_specs if s.kind.name == "USER_OUTPUT"]
+    spec = program.call_spec.out_spec
+    assert spec is not None
+    tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    return tree, [index for index, each in enumerate(specs) if type(each.arg).__name__ != "ConstantArgument"]
 
 
 def inputs(program: ExportedProgram) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,11 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 
-def translate(program: ExportedProgram, module: torch.nn.Module, opset: int) -> ir.Model:
+def translate(program: ExportedProgram, module: torch.nn.Module, opset: int) -> tuple[ir.Model, list[str]]:
     """The ONNX model of an exported program, not optimised, so that every parameter keeps its name.
+
+    Returns:
+        The model, and notes on what the module writes into, which a model cannot do.
 
     Raises:
         BadInput: ONNX has no form for something in it.
@@ -28,33 +32,46 @@ def translate(program: ExportedProgram, module: torch.nn.Module, opset: int) -> 
     except Exception as error:
         raise untranslatable(program, module, error) from error
     assert made is not None
-    model: ir.Model = made.model
-    return model
+    return made.model, _writes(made.exported_program)
+
+
+def _writes(program: ExportedProgram) -> list[str]:
+    signature = program.graph_signature
+    notes = []
+    buffers = sorted(signature.buffers_to_mutate.values())
+    if buffers:
+        more = f" and {len(buffers) - 1} more" if len(buffers) > 1 else ""
+        notes.append(f"the module writes into its buffer '{buffers[0]}'{more}; every run of the model starts anew")
+    for name in sorted(signature.user_inputs_to_mutate.values()):
+        notes.append(f"the module writes into its input '{name}'; the model does not")
+    return notes
 
 
 def untranslatable(program: ExportedProgram, module: torch.nn.Module, error: Exception) -> BadInput:
-    """Name the operators without an ONNX form, all at once, and the first place of each."""
-    missing: dict[str, str] = {}
-    text = str(trouble.cause(error)) + str(error)
-    for node in program.graph.nodes:
-        if node.op == "call_function" and str(node.target) in text and "No ONNX function" in text:
-            missing.setdefault(str(node.target), _place(node))
-    if not missing:
+    """Name the operator that has no ONNX form, and the place in the module that uses it."""
+    found = re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", str(error))
+    if found is None:
         return trouble.explain(module, error)
-    return BadInput(
+    operator = found[1].rpartition(".")[2].strip("_")
+    # It may come from the decomposition of another operator, which then has a part of its name.
+    names = [
+        (node, str(node.target).rsplit(".", 2)[-2:][0]) for node in program.graph.nodes if node.op == "call_function"
+    ]
+    node = next((node for node, name in names if name.strip("_") in operator or operator in name), None)
+    return trouble.Untraceable(
         "the module cannot be exported",
-        where="; ".join(f"{name} in {place}" for name, place in missing.items()),
-        why=f"ONNX has no form for {', '.join(missing)}",
+        where=_place(node, module) if node is not None else type(module).__name__,
+        why=f"ONNX has no form for the operator {found[1]}",
         hint="write that part with other torch operations",
     )
 
 
-def _place(node: Any) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    path, kind = list(stack.values())[-1] if stack else ("", "")
-    kind = kind if isinstance(kind, str) else kind.__name__
-    line = trouble._user_code(node.meta.get("stack_trace") or "")
-    return ", ".join(filter(None, (f"{path} ({kind.rpartition('.')[2]})" if path else kind.rpartition(".")[2], line)))
+def _place(node: Any, module: torch.nn.Module) -> str:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path, kind = stack[-1] if stack else ("", type(module))
+    name = (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
+    code = trouble.user_code(node.meta.get("stack_trace") or "")
+    return ", ".join(filter(None, (f"{path} ({name})" if path else name, code)))
 
 
 def hold(model: ir.Model, weights: Mapping[str, ir.TensorProtocol] | None, aliases: Mapping[str, list[str]]) -> None:

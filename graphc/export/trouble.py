@@ -12,10 +12,13 @@ from graphc.errors import BadInput
 if TYPE_CHECKING:
     import torch
 
+_DATA_DEPENDENT = (
+    r"data-dependent|DataDependent|GuardOnDataDependent|Dynamic control flow|aten::_local_scalar_dense"
+    r"|nonzero is not|Cannot convert.* symbols to|aten::is_nonzero"
+)
 _CAUSES: tuple[tuple[str, str, str], ...] = (
     (
-        r"data-dependent|DataDependent|GuardOnDataDependent|Dynamic control flow|aten::_local_scalar_dense"
-        r"|nonzero is not|Cannot convert.* symbols to|aten::is_nonzero",
+        _DATA_DEPENDENT,
         "its control flow, or a size, depends on the values of a tensor, and a graph has only one course",
         "replace the branch by torch.where, or by torch.cond; replace .item() and .tolist() by tensor operations; "
         "move the decision out of forward",
@@ -54,7 +57,11 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
 def summary(error: BaseException) -> str:
     """The first line that says something, at most 160 characters."""
     root = cause(error)
-    lines = [line.strip() for line in str(root).splitlines() if line.strip()]
+    # What follows is of use to torch's developers.
+    text = re.split(r"\s*\(unhinted|\n\s*(?:Caused by|Developer debug|For more information|from user code)", str(root))[
+        0
+    ]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     text = f"{type(root).__name__}: {lines[0]}" if lines else type(root).__name__
     return text if len(text) <= 160 else f"{text[:157]}..."
 
@@ -71,6 +78,15 @@ def is_final(error: BaseException) -> bool:
     return isinstance(error, BadInput | KeyboardInterrupt | MemoryError)
 
 
+class Untraceable(BadInput):
+    """``torch.export`` or the ONNX exporter failed on something that recording one run of the module may manage."""
+
+
+def is_data_dependent(error: BaseException) -> bool:
+    """Whether the values of tensors decide on the course or on a size, which no way of tracing can follow."""
+    return re.search(_DATA_DEPENDENT, f"{type(error).__name__} {error}") is not None
+
+
 def explain(module: torch.nn.Module, error: BaseException, what: str = "the module cannot be exported") -> BadInput:
     """The error that the user is shown: where in the module and in whose code, why, and what to try.
 
@@ -82,40 +98,41 @@ def explain(module: torch.nn.Module, error: BaseException, what: str = "the modu
     if isinstance(error, BadInput):
         return error
     text = f"{type(error).__name__} {error}"
-    why, hint = summary(error), "run the module on the example inputs to see whether it runs at all"
     for pattern, words, advice in _CAUSES:
         if re.search(pattern, text, re.DOTALL):
-            why, hint = f"{words} ({summary(error)})", advice
-            break
-    return BadInput(what, where=where(module, error), why=why, hint=hint)
+            return BadInput(what, where=where(module, error), why=f"{words} ({summary(error)})", hint=advice)
+    hint = "run the module on the example inputs to see whether it runs at all"
+    return Untraceable(what, where=where(module, error), why=summary(error), hint=hint)
 
 
 def where(module: torch.nn.Module, error: BaseException) -> str:
     """``layer.0.attention (Attention), model.py:12: line of code``, as far as it is known."""
     names = {id(each): name for name, each in module.named_modules()}
-    path, kind, line = "", "", ""
-    for tb, frame in _frames(error):
+    path, kind, code = "", "", ""
+    for tb, frame in frames(error):
         owner = frame.f_locals.get("self")
         if id(owner) in names:
             path, kind = names[id(owner)], type(owner).__name__
-        if _is_users(frame.f_code.co_filename):
-            line = _line(frame.f_code.co_filename, tb.tb_lineno)
-    line = line or _user_code(str(error))
+        if is_users(frame.f_code.co_filename):
+            code = line(frame.f_code.co_filename, tb.tb_lineno)
+    code = code or user_code(str(error))
     module_text = f"{path} ({kind})" if path else kind or type(module).__name__
-    return ", ".join(filter(None, (module_text, line)))
+    return ", ".join(filter(None, (module_text, code)))
 
 
-def _frames(error: BaseException) -> list[tuple[TracebackType, Any]]:
+def frames(error: BaseException) -> list[tuple[TracebackType, Any]]:
+    """The traceback of an error and of what it was raised from, with its frames, outermost first."""
     found = []
     tb = error.__traceback__
     while tb is not None:
         found.append((tb, tb.tb_frame))
         tb = tb.tb_next
     inner = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return found + (_frames(inner) if inner is not None else [])
+    return found + (frames(inner) if inner is not None else [])
 
 
-def _is_users(filename: str) -> bool:
+def is_users(filename: str) -> bool:
+    """Whether a file is the user's own code: neither torch's, nor graphc's, nor Python's."""
     import torch
 
     ours = (Path(torch.__file__).parent, Path(__file__).parent.parent)
@@ -124,7 +141,8 @@ def _is_users(filename: str) -> bool:
     return not any(Path(filename).is_relative_to(p) for p in ours)
 
 
-def _line(filename: str, number: int) -> str:
+def line(filename: str, number: int) -> str:
+    """``model.py:12: code``, below the current folder if it is there."""
     import linecache
 
     code = linecache.getline(filename, number).strip()
@@ -133,8 +151,8 @@ def _line(filename: str, number: int) -> str:
     return f"{shown}:{number}" + (f": {code}" if code else "")
 
 
-def _user_code(text: str) -> str:
+def user_code(text: str) -> str:
     """The last line of the user's code that torch quotes in its message."""
     found = re.findall(r'File "([^"]+)", line (\d+)', text)
-    users = [(name, int(number)) for name, number in found if _is_users(name)]
-    return _line(*users[-1]) if users else ""
+    users = [(name, int(number)) for name, number in found if is_users(name)]
+    return line(*users[-1]) if users else ""

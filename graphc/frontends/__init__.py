@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphc.contract import PassResult
+from graphc.errors import BadInput
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    from torch.export import ExportedProgram
+    from torch.nn import Module
 
+    from graphc.export.dims import Dynamic
     from graphc.report import PassReport
 
 
@@ -32,6 +36,9 @@ class Source:
         name: What the graph is called where a source has several.
         others: The further graphs of the source.
         companions: Files that go with the model (tokenizer, configuration), to be kept in an artifact folder.
+        notes: How it was made, where it was not a model already: what was tried, what it was compared with.
+        depends: What else it was made from: Python files of the user, an exported program.
+        sha256: The hash of what the model says, where it is in no file.
     """
 
     model: ir.Model
@@ -43,6 +50,9 @@ class Source:
     warnings: tuple[str, ...] = ()
     measurements: Mapping[str, Any] = field(default_factory=dict)
     beside: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    depends: tuple[Path, ...] = ()
+    sha256: str = ""
     name: str = "model"
     others: tuple[Source, ...] = ()
     companions: tuple[Path, ...] = ()
@@ -57,11 +67,24 @@ class Source:
         return (self, *self.others)
 
 
-def load(path: str | Path, *, task: str = "", kv_cache: str = "merged", verify: bool = True, seed: int = 0) -> Source:
-    """Load a model from a file or folder, with the frontend that knows it.
+def load(
+    source: str | Path | Module | ExportedProgram,
+    example: Any = None,
+    *,
+    dynamic: Dynamic = "auto",
+    task: str = "",
+    kv_cache: str = "merged",
+    verify: bool = True,
+    seed: int = 0,
+) -> Source:
+    """Load a model with the frontend that knows it.
 
     Args:
-        path: An ``.onnx`` file, an artifact, or a folder with one ``.onnx`` file; a folder of Hugging Face's.
+        source: An ``.onnx`` file, an artifact, or a folder with one ``.onnx`` file; a folder of Hugging Face's; a torch
+            module, an exported program or its ``.pt2`` file, or ``package.module:name`` of a module.
+        example: Of a torch module: example inputs, as a tensor, a tuple, or a dict by name.
+        dynamic: Of a torch module: ``"auto"`` keeps batch and sequence dynamic where it allows, None or False makes all
+            sizes static, ``{input: {axis: name}}`` asks for these.
         task: Of a Hugging Face model: what to export instead of the head that was saved, e.g. ``"fill-mask"``.
         kv_cache: Of one that generates: ``"merged"``, ``"split"`` or ``"none"``.
         verify: Whether to compare what was exported with torch.
@@ -69,9 +92,26 @@ def load(path: str | Path, *, task: str = "", kv_cache: str = "merged", verify: 
 
     Raises:
         BadInput: No frontend can use it; the message says what, where, why and what to do.
+        CheckFailed: What was exported computes something else than the module.
     """
+    if is_torch(source):
+        from graphc.frontends import torch as frontend
+
+        return frontend.load(source, example, dynamic=dynamic, verify=verify, seed=seed)
     from graphc.frontends import hf, onnx
 
-    if hf.knows(Path(path)):
-        return hf.load(Path(path), task=task, kv_cache=kv_cache, verify=verify, seed=seed)
-    return onnx.load(Path(path))
+    path = Path(source)
+    if example is not None:
+        raise BadInput("only torch modules take example inputs", where=str(path), hint="leave them out")
+    if hf.knows(path):
+        return hf.load(path, task=task, kv_cache=kv_cache, verify=verify, seed=seed)
+    return onnx.load(path)
+
+
+def is_torch(source: object) -> bool:
+    """Whether a source is a torch module, or names one."""
+    if not isinstance(source, str | Path):
+        return True
+    from graphc.export.entry import is_entry
+
+    return Path(source).suffix == ".pt2" or is_entry(str(source))

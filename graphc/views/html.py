@@ -58,7 +58,8 @@ def _verdict(report: Mapping[str, Any]) -> str:
         f"<p>Lossy passes cost {escape(metric)} = {value:.3g}.</p>" for metric, value in report["approximation"].items()
     )
     notes = "".join(f"<p class='bad'>{escape(text)}</p>" for text in report["warnings"])
-    return text + costs + notes
+    made = "".join(f"<p>{escape(note)}</p>" for note in report["notes"])
+    return text + costs + notes + made
 
 
 def _bars(report: Mapping[str, Any]) -> str:

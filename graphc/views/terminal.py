@@ -50,6 +50,10 @@ def show_report(report: Document, *, why: bool = False, verbose: bool = False) -
 
 def _show_part(console: Console, report: Document, why: bool, verbose: bool) -> None:
     """What was done to one graph, and what was checked."""
+    for note in report["notes"]:
+        console.print(f"[bold]source[/]    {escape(note)}")
+    if report["notes"]:
+        console.print()
     table = _table("pass", "what it did")
     for each in report["passes"]:
         table.add_row(escape(each["name"]), _did(each, why or verbose, verbose))
