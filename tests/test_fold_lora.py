@@ -191,6 +191,56 @@ ZERO = np.zeros((1,), np.float32)
             {"w": numbers(6, 4, 3, 3), "a": numbers(2, 4, 3, 3), "b": numbers(6, 2, 1, 1), "v": V, "s": 0.5},
             ["Conv"],
         ),
+        # an adapter with a bias of its own
+        (
+            "h = Gemm(x, a) d = Gemm(h, b, v) p = MatMul(x, w) y = Add(p, d)",
+            MATRIX,
+            {**LORA, "v": V},
+            ["MatMul", "Add"],
+        ),
+        (
+            BRANCH + "e = Add(d, v) f = Mul(e, s) p = Gemm(x, w, v) y = Add(f, p)",
+            MATRIX,
+            {**LORA, "s": 2.0, "v": V},
+            ["Gemm"],
+        ),
+        # DoRA: linear, convolution, embedding
+        (
+            BRANCH + "p = MatMul(x, w) r = Add(p, v) q = Sub(r, v) t = Mul(m1, q) u = Mul(m, d) z = Mul(u, s) "
+            "n = Add(t, z) y = Add(r, n)",
+            ROWS,
+            {**LORA, "s": 2.0, "v": V, "m1": numbers(1, 6, seed=4), "m": numbers(1, 6, seed=5)},
+            ["MatMul", "Add"],
+        ),
+        (
+            "h = Conv<pads=[1,1,1,1]>(x, a) d = Conv(h, b) p = Conv<pads=[1,1,1,1]>(x, w, v) q = Sub(p, v4) "
+            "t = Mul(m1, q) u = Mul(m, d) n = Add(t, u) y = Add(p, n)",
+            IMAGE,
+            {
+                "w": numbers(6, 4, 3, 3),
+                "a": numbers(2, 4, 3, 3),
+                "b": numbers(6, 2, 1, 1),
+                "v": V,
+                "v4": V.reshape(1, 6, 1, 1),
+                "m1": numbers(1, 6, 1, 1, seed=4),
+                "m": numbers(1, 6, 1, 1, seed=5),
+            },
+            ["Conv"],
+        ),
+        (
+            "at = Transpose(a) h = Gather(at, i) d = MatMul(h, b) e = Mul(m, d) p = Gather(w, i) q = Mul(m, p) "
+            "y = Add(q, e)",
+            "int64[N,5] i, float[1] x",
+            {"w": W, "a": A.T.copy(), "b": B, "m": numbers(6, seed=4)},
+            ["Gather"],
+        ),
+        # rows behind a Reshape
+        (
+            BRANCH + "f = Reshape(x, flat) g = Gemm(f, w, v) p = Reshape(g, back) y = Add(p, d)",
+            "float[4,3,8] x",
+            {**LORA, "v": V, "flat": np.array([-1, 8]), "back": np.array([4, 3, 6])},
+            ["Reshape", "Gemm", "Reshape"],
+        ),
         # embeddings
         (
             "at = Transpose(a) h = Gather(at, i) d = MatMul(h, b) e = Mul(d, s) p = Gather(w, i) y = Add(p, e)",
@@ -243,13 +293,6 @@ MANY = {**LORA, "s": 2.0}
             "dequantize first",
         ),
         (
-            "h = Gemm(x, a) d = Gemm(h, b, v) p = MatMul(x, w) y = Add(p, d)",
-            MATRIX,
-            "y",
-            {**LORA, "v": V},
-            "bias of its own",
-        ),
-        (
             BRANCH + "p = MatMul(x, w) y = Add(p, d) z = MatMul(a, c) u = MatMul(b, c)",
             ROWS,
             "y z u",
@@ -278,6 +321,28 @@ def test_near_misses(body: str, inputs: str, outputs: str, constants: dict[str, 
     after, result = folded(model)
     assert not result.changed and operators(after) == operators(model)
     assert len(reasons(result)) == 1 and reason in reasons(result)[0]
+
+
+@pytest.mark.parametrize(
+    "body, reason",
+    [
+        ("y = Add(r, n) z = Identity(q)", "read elsewhere"),
+        ("y = Add(r, n) z = MatMul(x, w)", "other readers"),
+    ],
+)
+def test_near_misses_of_dora(body: str, reason: str) -> None:
+    dora = BRANCH + "p = MatMul(x, w) r = Add(p, v) q = Sub(r, v) t = Mul(m1, q) u = Mul(m, d) n = Add(t, u) "
+    model = build(dora + body, ROWS, "y z", **LORA, v=V, m1=numbers(1, 6, seed=4), m=numbers(1, 6, seed=5))
+    after, result = folded(model)
+    assert not result.changed and operators(after) == operators(model)
+    assert any(reason in each for each in reasons(result))
+
+
+def test_rows_that_are_arranged_in_another_way_stay() -> None:
+    body = BRANCH + "f = Reshape(x, flat) g = Gemm(f, w) p = Reshape(g, back) y = Add(p, d)"
+    held = {**LORA, "flat": np.array([-1, 8]), "back": np.array([1, 3, 6])}
+    _, result = folded(build(body, "float[3,1,8] x", **held))
+    assert not result.changed and "arranged in another way" in reasons(result)[0]
 
 
 @pytest.mark.parametrize("name", ["w", "a", "b"])

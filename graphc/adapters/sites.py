@@ -123,12 +123,12 @@ class Index:
             for value in graph.initializers.values():
                 index._add(value.name or "", value)
             for node in graph:
-                if is_op(node, "Constant"):
+                if is_op(node, "Constant") and "." in (node.outputs[0].name or ""):
                     index._add(node.outputs[0].name or "", node.outputs[0])
         for node in edit.nodes(model):
-            path = _module(node)
-            weight = _weight(node) if path else None
-            if weight is not None:
+            weight = _weight(node)
+            path = _module(node) if weight is not None else ""
+            if weight is not None and path:
                 suggested.setdefault(f"{path}.weight", []).append(weight)
         for name, values in suggested.items():
             if len({id(value) for value in values}) == 1:

@@ -232,6 +232,11 @@ def _obstacle(node: ir.Node) -> tuple[str, ir.Value | None]:
     return "", None
 
 
+def ways(last: Product) -> list[Path]:
+    """All chains of products that end in this one, the shortest first."""
+    return list(_through(last))
+
+
 def _through(last: Product) -> Iterator[Path]:
     """All chains that end in a product."""
     yield _from(last)

@@ -15,9 +15,11 @@ import onnx_ir as ir
 from graphc import edit
 from graphc.contract import PassResult
 from graphc.edit import Array, attribute, is_op
+from graphc.rewrites import regions
 from graphc.rewrites.base import FLOATS, Refused, Rewriter, dims
 from graphc.rewrites.branch import Path, chains, parts
 from graphc.rewrites.products import Product
+from graphc.rewrites.regions import Match
 from graphc.rewrites.weights import LAZY, reading
 
 _PIECE = 1 << 20
@@ -94,6 +96,8 @@ class Update:
         if path.kind == "image":
             left, *rest = (p.weight.array() for p in path.products)
             left = left.reshape(left.shape[:2])
+            if path.diagonals[0] is not None:
+                left = path.diagonals[0][:, None] * left
             for more in rest[:-1]:
                 left = left @ more.reshape(more.shape[:2])
             return left, rest[-1].reshape(len(rest[-1]), -1)
@@ -119,6 +123,7 @@ def fold(model: ir.Model, result: PassResult) -> None:
         result: Told what was folded, and what looks like an adapter but was not, and why.
     """
     rewriter = Rewriter(model, frozenset())
+    _fold_regions(model, rewriter, result)
     found: dict[ir.Value, list[Adapter]] = {}
     for graph in edit.graphs(model):
         inner: set[ir.Node] = set()
@@ -137,6 +142,72 @@ def fold(model: ir.Model, result: PassResult) -> None:
         for adapter in adapters:
             _remove(adapter, rewriter)
             result.change(f"adapter folded into {adapter.base.node.op_type}")
+
+
+def _fold_regions(model: ir.Model, rewriter: Rewriter, result: PassResult) -> None:
+    """Fold what is scaled by channel, or has constants and Reshapes in between."""
+    for graph in edit.graphs(model):
+        reader = regions.Reader(rewriter)
+        for node in list(regions.candidates(graph)):
+            if node.graph is None:
+                continue
+            try:
+                match = regions.matched(node, reader)
+                if match is None:
+                    continue
+                new = _region_weight(match)
+            except edit.BoundByCaller:
+                continue
+            except Refused as refusal:
+                result.refuse(node, refusal.reason)
+                continue
+            _set(match.base.weight.value, new)
+            _replace(node, match, rewriter)
+            reader.known.clear()
+            result.change(f"adapter folded into {match.base.node.op_type}", len(match.paths))
+
+
+def _region_weight(match: Match) -> ir.TensorProtocol:
+    """The weight of a product with its adapters and its channels' factors."""
+    weight = match.base.weight
+    assert weight.held is not None
+    if weight.value.is_graph_output() or _readers(weight.value) != {match.base.node}:
+        raise Refused("the weight has other readers, which have no such adapter")
+    updates = [Update(path, scale, weight.transposed) for path, scale in zip(match.paths, match.scales, strict=True)]
+    factor = np.asarray(match.factor, np.float64)
+    if factor.ndim:
+        factor = factor[:, None] if weight.transposed or match.base.kind == "image" else factor[None]
+    return updated(weight.held, updates, weight.value.name or "", factor)
+
+
+def _replace(root: ir.Node, match: Match, rewriter: Rewriter) -> None:
+    """Let the product, with its new weight, take the place of a region."""
+    node = match.base.node
+    result = node.outputs[0]
+    inputs = [value for value in root.inputs if value is not None]
+    dtype = match.base.weight.held.dtype.numpy() if match.base.weight.held is not None else np.dtype(np.float32)
+    constant = np.broadcast_to(np.asarray(match.constant, np.float64), (match.base.channels[1],)).astype(dtype)
+    if node.op_type in ("Gemm", "Conv"):
+        bias = rewriter.constant(node, constant, f"{result.name}.bias") if constant.any() else None
+        old = node.inputs[2] if len(node.inputs) > 2 else None
+        node.resize_inputs(3 if bias is not None else 2)
+        if bias is not None:
+            node.replace_input_with(2, bias)
+        node.attributes.pop("beta", None)
+        if old is not None:
+            _sweep(old, rewriter)
+    last = result
+    if match.region.reshapes:
+        shape = match.region.reshapes[-1].inputs[1]
+        last = rewriter.insert(root, "Reshape", [last, shape], name=rewriter.fresh(f"{result.name}.rows"))
+        last.type, last.shape = root.outputs[0].type, root.outputs[0].shape
+    if constant.any() and node.op_type not in ("Gemm", "Conv"):
+        added = rewriter.constant(root, constant, f"{result.name}.bias")
+        rewriter.supersede(root, "Add", [last, added])
+    else:
+        rewriter.bypass(root, last)
+    for value in inputs:
+        _sweep(value, rewriter)
 
 
 def _is_sum(node: ir.Node) -> bool:
@@ -257,7 +328,7 @@ def _checked(
     assert held is not None
     if product.weight.casts:
         raise Refused("the weight is stored in another dtype than it is used in")
-    if base.diagonals != (None,):
+    if any(diagonal is not None for diagonal in base.diagonals):
         raise Refused("the product is scaled by channel before the adapter is added")
     if any(path.channels != product.channels[1] for path in paths):
         raise Refused("the adapter has another number of channels than the product")
@@ -373,8 +444,16 @@ def _folded(value: ir.Value, adapters: Sequence[Adapter]) -> ir.TensorProtocol:
     return updated(held, updates, value.name or "")
 
 
-def updated(held: ir.TensorProtocol, updates: Sequence[Update], name: str) -> ir.TensorProtocol:
+def updated(
+    held: ir.TensorProtocol, updates: Sequence[Update], name: str, factor: Array | None = None
+) -> ir.TensorProtocol:
     """A weight plus its updates, computed in float64 and rounded once; a big one when it is read.
+
+    Args:
+        held: The weight.
+        updates: What is added.
+        name: The name of the new tensor.
+        factor: What the weight is multiplied by first: it broadcasts to the weight seen as rows by the rest.
 
     Raises:
         Refused: Values overflow, as far as that can be seen without reading a big float32 weight.
@@ -388,6 +467,8 @@ def updated(held: ir.TensorProtocol, updates: Sequence[Update], name: str) -> ir
             rows = max(1, _PIECE // old.shape[1])
             for i in range(0, len(old), rows):
                 piece = old[i : i + rows].astype(np.float64)
+                if factor is not None:
+                    piece *= factor[i : i + rows] if factor.ndim and len(factor) > 1 else factor
                 for update, (left, right) in zip(updates, factors, strict=True):
                     piece += (update.scale * left[i : i + rows]) @ right
                 with np.errstate(over="ignore"):
