@@ -16,9 +16,10 @@ class FoldLora(Pass):
     """Fold low-rank adapters into the weights that they adapt: ``x W + s (x A) B`` becomes ``x (W + s A B)``.
 
     Found by structure alone, in any spelling: MatMul, Gemm, Conv or Gather; scales anywhere, as Mul or Div; several
-    adapters of one weight; adapters of some channels only, by Concat with zeros or Pad. The new weight is computed in
-    float64, rounded once, and keeps its name. Adapters that must stay apart are refused with the reason: their
-    weights or scale can be set by the caller, the weight is shared or quantized, or the branch is not linear.
+    adapters of one weight; adapters of some channels only, by Concat with zeros or Pad; adapters with a bias of their
+    own; DoRA, whose norms the graph may compute; rows behind a Reshape. The new weight is computed in float64, rounded
+    once, and keeps its name. Adapters that must stay apart are refused with the reason: their weights or scale can be
+    set by the caller, the weight is shared or quantized, or the branch is not linear.
     """
 
     effect: ClassVar[Effect] = Effect.EXACT

@@ -533,3 +533,50 @@ def test_exported_by_torch(dynamo: bool, tmp_path: Path) -> None:
     after, result = folded(ir.load(path))
     assert result.changed and not result.refusals
     assert sum(op in ("MatMul", "Gemm") for op in operators(after)) == 1
+
+
+def test_norms_that_the_graph_computes() -> None:
+    body = (
+        BRANCH + "p = MatMul(x, w) q = MatMul(a, b) t = Mul(q, s) n = Add(w, t) l = ReduceL2<keepdims=0>(n, ax) "
+        "f = Div(m, l) r = Mul(p, f) e = Mul(d, s) g = Mul(e, f) y = Add(r, g)"
+    )
+    held = {**LORA, "s": 2.0, "ax": np.array([0]), "m": numbers(6, seed=7)}
+    after, result = folded(build(body, **held))
+    assert operators(after) == ["MatMul"] and result.changed and not result.refusals
+    assert list(after.graph.initializers) == ["w"]
+    _, result = folded(build(body + " z = Identity(n)", outputs="y z", **held))
+    assert not result.changed and "the adapter's norm is read elsewhere" in reasons(result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "dora", "bias", "adalora"])
+def test_unfolded_peft_models(kind: str, tmp_path: Path) -> None:
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    pytest.importorskip("onnxscript")
+    nn = torch.nn
+
+    class Net(nn.Module):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.q, self.v = nn.Embedding(11, 8), nn.Linear(8, 6), nn.Linear(6, 7)
+            self.conv = nn.Conv2d(3, 4, 3, padding=1, stride=2)
+
+        def forward(self, ids, image):  # type: ignore[no-untyped-def]
+            return self.v(torch.relu(self.q(self.emb(ids)))), self.conv(image)
+
+    every = ["emb", "q", "v", "conv"]
+    config = {
+        "lora": lambda: peft.LoraConfig(r=2, target_modules=every),
+        "dora": lambda: peft.LoraConfig(r=2, target_modules=every, use_dora=True),
+        "bias": lambda: peft.LoraConfig(r=2, target_modules=["q", "v"], lora_bias=True),
+        "adalora": lambda: peft.AdaLoraConfig(init_r=3, target_modules=["q", "v"], total_step=10),
+    }[kind]()
+    module = peft.get_peft_model(Net(), config).eval()
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn_like(parameter) * 0.3
+    inputs = (torch.tensor([[1, 2, 3]]), torch.randn(1, 3, 7, 7))
+    torch.onnx.export(module, inputs, tmp_path / "m.onnx", dynamo=True, verbose=False)
+    after, result = folded(ir.load(tmp_path / "m.onnx"))
+    assert result.changed and not result.refusals
+    assert sum(op in ("MatMul", "Gemm", "Conv", "Gather") for op in operators(after)) == len(every)

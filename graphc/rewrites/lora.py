@@ -171,7 +171,7 @@ def _region_weight(match: Match) -> ir.TensorProtocol:
     """The weight of a product with its adapters and its channels' factors."""
     weight = match.base.weight
     assert weight.held is not None
-    if weight.value.is_graph_output() or _readers(weight.value) != {match.base.node}:
+    if weight.value.is_graph_output() or _readers(weight.value) - match.region.computing != {match.base.node}:
         raise Refused("the weight has other readers, which have no such adapter")
     updates = [Update(path, scale, weight.transposed) for path, scale in zip(match.paths, match.scales, strict=True)]
     factor = np.asarray(match.factor, np.float64)
@@ -208,6 +208,9 @@ def _replace(root: ir.Node, match: Match, rewriter: Rewriter) -> None:
         rewriter.bypass(root, last)
     for value in inputs:
         _sweep(value, rewriter)
+    for each in match.region.computing:
+        for value in each.outputs:
+            _sweep(value, rewriter)
 
 
 def _is_sum(node: ir.Node) -> bool:

@@ -7,6 +7,7 @@ rows behind a Reshape (Conv1D of GPT-2) beside branches that do not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -15,9 +16,14 @@ import onnx_ir as ir
 
 from graphc import edit
 from graphc.edit import Array, attribute, is_op
-from graphc.rewrites.base import FLOATS, Refused, Rewriter, dims
+from graphc.rewrites.base import FLOATS, Refused, Rewriter
 from graphc.rewrites.branch import Path, step, ways
 from graphc.rewrites.products import Product, product
+from graphc.shapes import fold
+from graphc.shapes.kernels import CannotFold
+
+_MOST = 64
+"""Nodes that compute a factor, at most."""
 
 Factor = float | Array
 """One for all channels, or one for each."""
@@ -45,12 +51,14 @@ class Region:
         constants: What is added, with the products that it is added to.
         values: Every result on the way, this one included.
         reshapes: Nodes that only change how rows are arranged.
+        computing: Nodes that compute factors from constants alone (norms of DoRA).
     """
 
     terms: tuple[Term, ...]
     constants: tuple[tuple[Factor, frozenset[ir.Node]], ...] = ()
     values: frozenset[ir.Value] = frozenset()
     reshapes: tuple[ir.Node, ...] = ()
+    computing: frozenset[ir.Node] = frozenset()
 
     @property
     def nodes(self) -> frozenset[ir.Node]:
@@ -96,10 +104,38 @@ class Reader:
     Attributes:
         rewriter: Knows shapes.
         known: What was read already.
+        computed: Constants that the graph computes, with the nodes that do so; None for values that are none.
     """
 
     rewriter: Rewriter
     known: dict[ir.Value, Region | None] = field(default_factory=dict)
+    computed: dict[ir.Value, tuple[Array, frozenset[ir.Node]] | None] = field(default_factory=dict)
+
+    def constant(self, value: ir.Value) -> tuple[Array, frozenset[ir.Node]] | None:
+        """A small constant, be it stored or computed by the graph, with the nodes that compute it."""
+        held = edit.tensor(value)
+        if held is not None:
+            return (held.numpy(), frozenset()) if held.size <= edit.SMALL and held.dtype in FLOATS else None
+        if value not in self.computed:
+            self.computed[value] = self._compute(value)
+        return self.computed[value]
+
+    def _compute(self, value: ir.Value) -> tuple[Array, frozenset[ir.Node]] | None:
+        nodes = _computing(value)
+        shape = self.rewriter.shape(value) if nodes else None
+        sizes = [dim for dim in shape if isinstance(dim, int)] if shape is not None else []
+        if shape is None or len(sizes) < len(shape) or math.prod(sizes) > edit.SMALL:
+            return None
+        arrays: dict[ir.Value, Array] = {}
+        try:
+            for node in nodes:
+                inputs = [None if v is None else arrays[v] if v in arrays else edit.constant(v) for v in node.inputs]
+                made = fold.evaluate(node, inputs, self.rewriter.version)
+                arrays |= dict(zip(node.outputs, made, strict=False))
+        except CannotFold:
+            return None
+        found = arrays[value]
+        return (found, frozenset(nodes)) if found.dtype.kind == "f" else None
 
     def read(self, value: ir.Value, depth: int = 0) -> Region | None:
         """A value as a region; None if it is none."""
@@ -136,9 +172,9 @@ class Reader:
         if made.bias is None:
             return region
         beta = float(attribute(made.node, "beta", 1.0))
-        constant = _vector(made.bias, region, bias=True)
-        if constant is not None:
-            return replace(region, constants=((beta * constant, region.nodes),))
+        found = self._vector(made.bias, region, bias=True)
+        if found is not None:
+            return replace(region, constants=((beta * found[0], region.nodes),), computing=found[1])
         inner = self.read(made.bias, depth + 1) if made.kind != "image" else None
         return _joined([region, inner.scaled(beta)]) if inner is not None else None
 
@@ -148,7 +184,7 @@ class Reader:
             if data is None:
                 return None
             sign = -1.0 if node.op_type == "Sub" and i == 1 else 1.0
-            if edit.tensor(data) is not None:
+            if self.constant(data) is not None:
                 added.append((data, sign))
                 continue
             inner = self.read(data, depth + 1)
@@ -157,27 +193,29 @@ class Reader:
             found.append(inner.scaled(sign))
         region = _joined(found)
         for data, sign in added:
-            constant = _vector(data, region) if region is not None else None
+            constant = self._vector(data, region) if region is not None else None
             if region is None or constant is None:
                 return None
-            region = replace(region, constants=(*region.constants, (sign * constant, region.nodes)))
+            constants = (*region.constants, (sign * constant[0], region.nodes))
+            region = replace(region, constants=constants, computing=region.computing | constant[1])
         return region
 
     def _scaled(self, node: ir.Node, depth: int) -> Region | None:
         first, second = node.inputs[:2]
-        if first is not None and edit.tensor(first) is not None and node.op_type == "Mul":
+        if first is not None and self.constant(first) is not None and node.op_type == "Mul":
             first, second = second, first
-        if first is None or second is None or edit.tensor(second) is None:
+        if first is None or second is None or self.constant(second) is None:
             return None
         inner = self.read(first, depth + 1)
-        factor = _vector(second, inner) if inner is not None else None
-        if inner is None or factor is None:
+        found = self._vector(second, inner) if inner is not None else None
+        if inner is None or found is None:
             return None
+        factor = found[0]
         if node.op_type == "Div":
             if not np.all(factor):
                 return None
             factor = 1 / factor
-        return inner.scaled(factor)
+        return replace(inner.scaled(factor), computing=inner.computing | found[1])
 
     def _reshaped(self, node: ir.Node, depth: int) -> Region | None:
         data = node.inputs[0]
@@ -187,6 +225,22 @@ class Reader:
         if inner is None or inner.terms[0].last.kind != "rows":
             return None
         return replace(inner, reshapes=(*inner.reshapes, node))
+
+    def _vector(
+        self, value: ir.Value, region: Region, *, bias: bool = False
+    ) -> tuple[Factor, frozenset[ir.Node]] | None:
+        """A constant as one number, or one for each channel of a region; None if it is neither."""
+        found = self.constant(value)
+        last = region.terms[0].last
+        channels = last.channels[1]
+        if found is None or found[0].size not in (1, channels):
+            return None
+        shape, array = found[0].shape, found[0].astype(np.float64).reshape(-1)
+        if array.size == 1:
+            return (float(array[0]), found[1]) if channels != 1 else None
+        from_end = len(last.weight.shape) - 1 if last.kind == "image" and not bias else 1
+        fits = len(shape) >= from_end and shape[-from_end] == channels
+        return (array, found[1]) if fits else None
 
     def keeps_channels(self, node: ir.Node) -> bool:
         """Whether a Reshape leaves the last axis as it is."""
@@ -213,22 +267,30 @@ def _joined(regions: Sequence[Region]) -> Region | None:
         tuple(constant for r in regions for constant in r.constants),
         frozenset().union(*(r.values for r in regions)),
         tuple(dict.fromkeys(node for r in regions for node in r.reshapes)),
+        frozenset().union(*(r.computing for r in regions)),
     )
 
 
-def _vector(value: ir.Value, region: Region, *, bias: bool = False) -> Factor | None:
-    """A constant as one number, or one for each channel of a region; None if it is neither."""
-    held = edit.tensor(value)
-    last = region.terms[0].last
-    channels = last.channels[1]
-    if held is None or held.dtype not in FLOATS or held.size not in (1, channels):
-        return None
-    array = held.numpy().astype(np.float64).reshape(-1)
-    if held.size == 1:
-        return float(array[0]) if channels != 1 else None
-    from_end = len(last.weight.shape) - 1 if last.kind == "image" and not bias else 1
-    shape = dims(held)
-    return array if len(shape) >= from_end and shape[-from_end] == channels else None
+def _computing(value: ir.Value) -> list[ir.Node]:
+    """The nodes that compute a value from constants alone, in order; empty if it depends on anything else."""
+    order: list[ir.Node] = []
+    seen: set[ir.Node] = set()
+
+    def visit(value: ir.Value) -> bool:
+        if edit.tensor(value) is not None:
+            return True
+        node = value.producer()
+        if node is None or node.domain or len(seen) > _MOST or any(edit.subgraphs(node)) or node.op_type in fold.KEPT:
+            return False
+        if node in seen:
+            return True
+        seen.add(node)
+        if not fold.deterministic(node) or not all(v is None or visit(v) for v in node.inputs):
+            return False
+        order.append(node)
+        return True
+
+    return order if visit(value) else []
 
 
 def matched(root: ir.Node, reader: Reader) -> Match | None:
@@ -303,12 +365,15 @@ def _check(root: ir.Node, found: Match, reader: Reader) -> None:
     inside = {value.producer() for value in region.values}
     for path in found.paths:
         inside |= {value.producer() for value in path.values}
-        for each in path.products:
-            inside.add(each.node)
+        inside |= {each.node for each in path.products}
     for value in {*region.values, *(v for path in found.paths for v in path.values)} - {root.outputs[0]}:
         if value.is_graph_output() or any(use.node not in inside for use in value.uses()):
             raise Refused("the branch has an intermediate result that is read elsewhere")
-    if any(node is not None and node.graph is not root.graph for node in inside):
+    everything = inside | region.computing
+    for node in _reading(found.base.weight.value, region.computing):
+        if any(v.is_graph_output() or any(use.node not in everything for use in v.uses()) for v in node.outputs):
+            raise Refused("the adapter's norm is read elsewhere")
+    if any(node is not None and node.graph is not root.graph for node in everything):
         raise Refused("the adapter is in another graph than the product")
     held = found.base.weight.held
     assert held is not None
@@ -326,6 +391,18 @@ def _check(root: ir.Node, found: Match, reader: Reader) -> None:
             raise Refused("the product's rows are arranged in another way than the adapter's")
 
 
+def _reading(value: ir.Value, nodes: frozenset[ir.Node]) -> set[ir.Node]:
+    """Which nodes need a value, directly or not."""
+    found: set[ir.Node] = set()
+    todo = [value]
+    while todo:
+        for use in todo.pop().uses():
+            if use.node in nodes and use.node not in found:
+                found.add(use.node)
+                todo += use.node.outputs
+    return found
+
+
 def _alike(first: ir.Shape, second: ir.Shape) -> bool:
     """Whether all axes but the last are known to be the same."""
     a, b = list(first)[:-1], list(second)[:-1]
@@ -336,7 +413,18 @@ def _alike(first: ir.Shape, second: ir.Shape) -> bool:
 
 
 def candidates(graph: ir.Graph) -> Iterator[ir.Node]:
-    """Where regions may end, the last first."""
+    """Where regions may end, the last first; nowhere if nothing is multiplied twice."""
+    if not any(_is_second(node) for node in graph):
+        return
     for node in reversed(graph):
         if not node.domain and node.op_type in ("Add", "Sub", "Sum"):
             yield node
+
+
+def _is_second(node: ir.Node) -> bool:
+    """Whether a node is a product of a product through fewer channels than it has: the end of an adapter's branch."""
+    if node.op_type not in ("MatMul", "Gemm", "Conv") or node.domain:
+        return False
+    last = product(node)
+    longer = ways(last)[1:] if last is not None else []
+    return any(min(p.channels[1] for p in way.products[1:]) < max(way.products[0].channels) for way in longer)
