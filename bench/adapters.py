@@ -21,7 +21,7 @@ import process
 
 from graphc import __version__, runtime
 from graphc.adapters.folder import read
-from graphc.adapters.sites import Index, locate, uses
+from graphc.adapters.sites import Index, locate, prefix, uses
 from graphc.adapters.targets import targets
 from graphc.model import load
 
@@ -70,7 +70,7 @@ def difference(model: Path, folder: Path, adapter: Path) -> dict[str, float]:
 
     index = Index.of(load(model))
     wanted = targets(read(adapter))
-    _, add = index.prefix([target.name for target in wanted])
+    _, add = prefix([index], [target.name for target in wanted])
     worst, count = 0.0, 0
     with safe_open(folder / "model.safetensors", "np") as merged:
         for target in wanted:

@@ -176,20 +176,18 @@ def run(
             why=", ".join(part.name for part in loaded.parts),
             hint=f"give a folder: -o {output.with_suffix('')}/",
         )
+    described = [_described(part, alone=not loaded.others) for part in loaded.parts]
+    stored = loaded.files
+    loaded = _adapted(loaded, settings, progress)
     works = [
-        _Work(
-            _adapted(part, settings, progress),
-            _of_part(part, loaded, settings),
-            progress,
-            _described(part, alone=not loaded.others),
-        )
-        for part in loaded.parts
+        _Work(part, _of_part(part, loaded, settings), progress, what)
+        for part, what in zip(loaded.parts, described, strict=True)
     ]
     reports = [work.report() for work in works]
     report, recipe = reports[0], settings.recipe
     if loaded.others:
         report = Report.together({part.name: each for part, each in zip(loaded.parts, reports, strict=True)})
-        report.input = artifact.describe_stored(report.input, loaded.files)
+        report.input = artifact.describe_stored(report.input, stored)
     read = [*loaded.files, *loaded.depends, *inputs, *recipe.files()]
     files = [*read, *_files(settings.data), *_files(settings.calibrate)]
     beside = {name: write for work in works for name, write in work.loaded.beside.items()}

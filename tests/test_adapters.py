@@ -439,6 +439,32 @@ def test_a_weight_without_a_name_is_found_by_the_module_of_its_node(tmp_path: Pa
     np.testing.assert_allclose(new, numbers(6, 6) + delta(folder, "layers.0.q").T, rtol=1e-5, atol=1e-6)
 
 
+def test_tied_parameters_that_the_torch_frontend_notes(tmp_path: Path) -> None:
+    table, mid, ids = numbers(11, 6), numbers(6, 6, seed=5), np.array([[1, 3, 7]])
+    folder = lora(tmp_path / "a", head=(11, 6))
+    model = build(TIED, "int64[N,S] i", embed__weight=table, w=mid)
+    model.graph.initializers["embed.weight"].metadata_props["graphc.aliases"] = "head.weight"
+    found, _ = fold(model, folder)
+    last = table + delta(folder, "head")
+    np.testing.assert_allclose(run(found, i=ids)[0], table[ids] @ mid @ last.T, rtol=1e-4, atol=1e-5)
+
+
+def test_a_source_of_several_graphs(tmp_path: Path) -> None:
+    folder = lora(tmp_path / "a", encoder__q=(6, 8), decoder__q=(6, 8))
+    held = {"encoder": numbers(8, 6), "decoder": numbers(8, 6, seed=2)}
+    parts = [source(build(f"y = MatMul(x, {n}__q__weight)", ROW, **{f"{n}__q__weight": a})) for n, a in held.items()]
+    whole = parts[0].with_others(parts[1:])
+    done = adapted(whole, Adapters.of([folder]))
+    for part, (name, array) in zip(done.parts, held.items(), strict=True):
+        np.testing.assert_allclose(
+            weights(part.model)[f"{name}.q.weight"], array + delta(folder, f"{name}.q").T, rtol=1e-5, atol=1e-6
+        )
+    with pytest.raises(BadInput, match="layers of different ones"):
+        adapted(whole, Adapters.of([folder], "dynamic"))
+    with pytest.raises(BadInput, match=r"not found: other\.q"):
+        adapted(whole, Adapters.of([lora(tmp_path / "b", encoder__q=(6, 8), other__q=(6, 8))]))
+
+
 def test_big_weights_are_computed_when_they_are_read(tmp_path: Path) -> None:
     folder = lora(tmp_path / "a", q=(600, 500))
     model = build("y = MatMul(x, q__weight)", "float[N,500] x", q__weight=numbers(500, 600))

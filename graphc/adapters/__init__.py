@@ -144,22 +144,23 @@ def adapted(source: Source, wanted: Adapters, seed: int = 0) -> Source:
     start = time.perf_counter()
     folders = [read(each.folder, each.weight) for each in wanted.given]
     everything = [target for folder in folders for target in targets(folder)]
-    original, model = source.original.clone(), source.model.clone()
     warnings = _bases(folders, source.path)
     beside: dict[str, Any] = {}
+    models = [(part.original.clone(), part.model.clone()) for part in source.parts]
     measurements: dict[str, Any] = {}
     report = PassReport("adapter", wanted.text(), "exact")
     if wanted.mode == "dynamic":
-        attached = dynamic.attach(original, everything)
-        dynamic.attach(model, everything)
+        dynamic.attach([original for original, _ in models], everything)
+        attached = dynamic.attach([model for _, model in models], everything)
         report.changes = attached.changes()
         beside = attached.files()
     else:
         done = fold.Folded()
         how: Combine = parse(wanted.combine)
         wishes = places.wishes(everything, how, seed)
-        for each in (original, model):
-            fold.fold(each, places.place(each, wishes), done)
+        for graphs in zip(*models, strict=True):
+            for graph, placed in zip(graphs, places.place(graphs, wishes), strict=True):
+                fold.fold(graph, placed, done)
         report.changes = [what if n == 1 else f"{what} (×{n})" for what, n in done.changes.items()]
         report.refusals = [Refusal("", note) for note in dict.fromkeys(done.notes)]
         if done.errors:
@@ -173,15 +174,16 @@ def adapted(source: Source, wanted: Adapters, seed: int = 0) -> Source:
             )
             measurements["requantized"] = dict(done.errors)
     report.seconds = time.perf_counter() - start
-    files = (*source.files, *(path for folder in folders for path in folder.files))
+    files = tuple(path for folder in folders for path in folder.files)
+    first, *others = (
+        replace(part, original=original, model=model, files=(*part.files, *files), adapted=report)
+        for part, (original, model) in zip(source.parts, models, strict=True)
+    )
     return replace(
-        source,
-        original=original,
-        model=model,
-        files=files,
-        adapted=report,
+        first,
+        others=tuple(others),
         warnings=(*source.warnings, *warnings),
-        beside=beside,
+        beside={**source.beside, **beside},
         measurements={**source.measurements, **measurements},
     )
 

@@ -75,8 +75,10 @@ def write(parameters: dict[str, Array], path: Path) -> None:
     adapter.export_adapter(str(path))
 
 
-def attach(model: ir.Model, targets: Sequence[Target]) -> Attached:
-    """Give a model, in place, a switchable branch for each layer that some adapter adapts.
+def attach(models: Sequence[ir.Model], targets: Sequence[Target]) -> Attached:
+    """Give the graphs of a model, in place, a switchable branch for each layer that some adapter adapts.
+
+    ONNX Runtime takes an adapter only if the graph has all of its inputs, so every graph must have every layer.
 
     Raises:
         BadInput: An adapter is more than a low-rank update, or does not fit; it names the module.
@@ -93,9 +95,17 @@ def attach(model: ir.Model, targets: Sequence[Target]) -> Attached:
     names = _distinct(targets)
     wishes = [Wish(tuple(own), tuple((t.folder.weight, t.change) for t in own)) for own in by_name.values()]
     attached = Attached(parameters={name: {} for name in names.values()})
-    rewriter = Rewriter(model, frozenset())
-    for placed in place(model, wishes):
-        _attach(placed, names, rewriter, attached)
+    found = place(models, wishes)
+    for model, placed in zip(models, found, strict=True):
+        if len(placed) < len(wishes):
+            raise targets[0].folder.bad(
+                "the adapter cannot be switched at run time",
+                "the model consists of several graphs, and the adapter is for layers of different ones",
+                "fold it: --adapter-mode fold",
+            )
+        rewriter = Rewriter(model, frozenset())
+        for each in placed:
+            _attach(each, names, rewriter, attached)
     return attached
 
 

@@ -34,13 +34,15 @@ class Folded:
         grids: What they are quantized to, with how many there are.
         notes: What the user should know.
         made: New tensors by what they are made of.
+        held: What they are made of, kept so that it stays itself.
     """
 
     changes: Counter[str] = field(default_factory=Counter)
     errors: dict[str, float] = field(default_factory=dict)
     grids: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
-    made: dict[tuple[str, str], Tensors] = field(default_factory=dict)
+    made: dict[tuple[int, bool, str], Tensors] = field(default_factory=dict)
+    held: list[ir.TensorProtocol] = field(default_factory=list)
 
 
 def fold(model: ir.Model, placed: Sequence[Placed], folded: Folded) -> None:
@@ -67,14 +69,15 @@ def _uses(each: Placed) -> str:
 def _fold(value: ir.Value, group: Sequence[Placed], rewriter: Rewriter, folded: Folded) -> None:
     site = group[0].site
     jobs = [Job(each.changes, each.site.start, each.site.stop) for each in group]
-    key = value.name or "", _uses(group[0])
+    held = edit.tensor(value)
+    assert held is not None
+    key = id(held), site.flipped, _uses(group[0])
     found = grid(value)
     if isinstance(found, str):
         raise BadInput("an adapter cannot be folded into a weight", where=f"'{value.name}'", why=found)
     if key not in folded.made:
+        folded.held.append(held)
         if found is None:
-            held = edit.tensor(value)
-            assert held is not None
             folded.made[key] = {0: changed(held, site.flipped, site.shape, jobs, value.name or "")}
         else:
             new, error = requantized(found[1], site.flipped, site.shape, jobs)

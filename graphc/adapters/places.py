@@ -11,7 +11,7 @@ import onnx_ir as ir
 from graphc.adapters.changes import Change, Replaced, Scaled, Stacked
 from graphc.adapters.combine import Combine, combined
 from graphc.adapters.merged import part_of
-from graphc.adapters.sites import Index, Site, Use, locate, stored_shape, uses
+from graphc.adapters.sites import Index, Site, Use, locate, prefix, stored_shape, uses
 from graphc.adapters.targets import Target
 from graphc.errors import BadInput, nearest
 
@@ -19,7 +19,7 @@ _SHOWN = 5
 """Names that an error lists."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Wish:
     """What all adapters together want of one parameter.
 
@@ -67,21 +67,29 @@ def wishes(targets: Sequence[Target], how: Combine, seed: int) -> list[Wish]:
     return [Wish(tuple(own), combined(own, how, seed, rank)) for own in by_name.values()]
 
 
-def place(model: ir.Model, wanted: Sequence[Wish]) -> list[Placed]:
-    """Find the constant that each wish means.
+def place(models: Sequence[ir.Model], wanted: Sequence[Wish]) -> list[list[Placed]]:
+    """Find the constants that each wish means, in each of the graphs that a model consists of.
 
     Raises:
-        BadInput: The model has no such parameter, or it has another shape; the message names module and shapes.
+        BadInput: No graph has such a parameter, or it has another shape; the message names module and shapes.
     """
-    return _Search(model, wanted).run()
+    indices = [Index.of(model) for model in models]
+    front = prefix(indices, [wish.first.name for wish in wanted])
+    searches = [_Search(index, front, wanted) for index in indices]
+    found = [search.run() for search in searches]
+    lost = [wish for wish in wanted if all(wish in search.missing for search in searches)]
+    if lost:
+        raise searches[0].unknown(lost, none=not any(found))
+    return found
 
 
 class _Search:
-    def __init__(self, model: ir.Model, wanted: Sequence[Wish]) -> None:
-        self.index = Index.of(model)
+    def __init__(self, index: Index, front: tuple[str, str], wanted: Sequence[Wish]) -> None:
+        self.index = index
         self.wanted = wanted
-        self.strip, self.add = self.index.prefix([wish.first.name for wish in wanted])
+        self.strip, self.add = front
         self.readers: dict[ir.Value, dict[str, list[Use]]] = {}
+        self.missing: list[Wish] = []
 
     def run(self) -> list[Placed]:
         found: list[Placed] = []
@@ -92,15 +100,12 @@ class _Search:
                 found.append(placed)
             elif not wish.first.optional:
                 missing.append(wish)
-        lost = []
         for wish in missing:
             tied = self._tied(wish)
             if tied is None:
-                lost.append(wish)
+                self.missing.append(wish)
             else:
                 found.append(tied)
-        if lost:
-            raise self._unknown(lost, none=not found)
         return self._once(found)
 
     def name(self, module: str, leaf: str) -> str:
@@ -241,7 +246,7 @@ class _Search:
             kept.append(each)
         return kept
 
-    def _unknown(self, lost: Sequence[Wish], *, none: bool) -> BadInput:
+    def unknown(self, lost: Sequence[Wish], *, none: bool) -> BadInput:
         first = lost[0].first
         names = [wish.first.name for wish in lost]
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""

@@ -6,7 +6,7 @@ import ast
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -17,6 +17,8 @@ from graphc.edit import attribute, is_op
 from graphc.rewrites.base import FLOATS, dims
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_MODULE, _ALIASES = "graphc.module", "graphc.aliases"
+"""What the frontend for torch notes: the module of a node, the other names of a tied parameter."""
 _QUANTIZED_SUFFIX = re.compile(r"(?P<name>.*\.(?:weight|in_proj_weight))_[A-Za-z0-9_]+$")
 _TIED = ("table", "rows")
 
@@ -121,7 +123,8 @@ class Index:
         suggested: dict[str, list[ir.Value]] = {}
         for graph in edit.graphs(model):
             for value in graph.initializers.values():
-                index._add(value.name or "", value)
+                for name in (value.name or "", *value.metadata_props.get(_ALIASES, "").split()):
+                    index._add(name, value)
             for node in graph:
                 if is_op(node, "Constant") and "." in (node.outputs[0].name or ""):
                     index._add(node.outputs[0].name or "", node.outputs[0])
@@ -148,21 +151,24 @@ class Index:
             if is_op(use.node, "DequantizeLinear") and use.idx == 0 and use.node.outputs[0].name:
                 self.names.setdefault(use.node.outputs[0].name, value)
 
-    def prefix(self, wanted: Iterable[str]) -> tuple[str, str]:
-        """What to take off the front of names, and what to put there, so that most of them are found."""
+    def votes(self, wanted: Iterable[str]) -> Counter[tuple[str, str]]:
+        """What to take off the front of names, and what to put there: how many names are found with it."""
         ends: dict[str, list[str]] = {}
         for name in self.names:
             ends.setdefault(_end(name), []).append(name)
-        votes: Counter[tuple[str, str]] = Counter()
+        found: Counter[tuple[str, str]] = Counter()
         for want in wanted:
             for name in ends.get(_end(want), ()):
-                votes[_difference(want, name)] += 1
-        best = max(votes.values(), default=0)
-        return (
-            min((pair for pair, n in votes.items() if n == best), key=lambda p: (len(p[0]) + len(p[1]), p))
-            if (votes)
-            else ("", "")
-        )
+                found[_difference(want, name)] += 1
+        return found
+
+
+def prefix(indices: Iterable[Index], wanted: Sequence[str]) -> tuple[str, str]:
+    """What to take off the front of names, and what to put there, so that most of them are found; the shortest."""
+    votes: Counter[tuple[str, str]] = Counter()
+    for index in indices:
+        votes += index.votes(wanted)
+    return min(votes, key=lambda pair: (-votes[pair], len(pair[0]) + len(pair[1]), pair), default=("", ""))
 
 
 def _end(name: str) -> str:
@@ -180,6 +186,8 @@ def _difference(want: str, name: str) -> tuple[str, str]:
 
 def _module(node: ir.Node) -> str:
     """The path of the torch module that a node came from, as exporters write it down; empty if they did not."""
+    if _MODULE in node.metadata_props:
+        return node.metadata_props[_MODULE]
     scopes = node.metadata_props.get(_SCOPES)
     if scopes:
         try:
