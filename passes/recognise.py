@@ -12,20 +12,21 @@ from graphc import edit
 from graphc.contract import Context, Effect, Pass, PassResult, option
 from graphc.opset.adapters import Unconvertible
 from graphc.opset.upgrade import upgrade
-from graphc.recognition import attention, norms
+from graphc.recognition import attention, norms, rotary
 from graphc.recognition.graph import Graph
 from graphc.rewrites import elementwise
 from graphc.rewrites.base import Refused, Rule
 
-RuleName = Literal["elementwise", "layer-norm", "rms-norm", "attention"]
+RuleName = Literal["elementwise", "layer-norm", "rms-norm", "rotary", "attention"]
 
 STAGES: tuple[tuple[Rule, ...], ...] = (
     (*elementwise.RULES, norms.LAYER_NORM, norms.RMS_NORM),
+    (rotary.ROTARY,),
     (attention.ATTENTION,),
 )
 """All rules. A stage is finished before the next one begins: attention looks through rotary embeddings."""
 
-OPERATORS: dict[str, str] = {"rms-norm": "RMSNormalization", "attention": "Attention"}
+OPERATORS: dict[str, str] = {"rms-norm": "RMSNormalization", "rotary": "RotaryEmbedding", "attention": "Attention"}
 """What a rule writes, where not every runtime has it."""
 
 _NEWEST = 23
@@ -42,6 +43,7 @@ class Recognise(Pass):
     - ``elementwise``: Gelu, HardSwish, HardSigmoid and Mish.
     - ``layer-norm``: LayerNormalization.
     - ``rms-norm``: RMSNormalization (opset 23).
+    - ``rotary``: RotaryEmbedding, by halves or pairs, of all channels or the first (opset 23).
     - ``attention``: Attention, with heads, scale, mask and repeated keys (opset 23).
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -100,9 +101,9 @@ class Graph(Rewriter):
 
     def sweep(self, values: Sequence[ir.Value | None]) -> None:
         """Remove the producers of values that nobody reads any more, and theirs."""
-        queue = [v for v in values if v is not None]
+        queue = deque(v for v in values if v is not None)
         while queue:
-            value = queue.pop()
+            value = queue.popleft()
             node = value.producer()
             if node is None:
                 self.drop_unread(value)
