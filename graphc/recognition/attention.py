@@ -18,7 +18,21 @@ from graphc import edit
 from graphc.recognition import masks, products
 from graphc.recognition import scores as reading
 from graphc.recognition.graph import Graph
-from graphc.recognition.layout import Axes, Axis, Leaf, Place, arrange, moved, reachable, resolve, settled, size, trace
+from graphc.recognition.layout import (
+    VIEWS,
+    Axes,
+    Axis,
+    Leaf,
+    Place,
+    arrange,
+    moved,
+    reachable,
+    resolve,
+    settled,
+    size,
+    sizes,
+    trace,
+)
 from graphc.recognition.scores import Scores
 from graphc.rewrites.base import Refused, Rewriter, Rule, sole_reader
 
@@ -73,7 +87,7 @@ def recognise(node: ir.Node, rewriter: Rewriter) -> str | None:
     found = _weighted(node)
     if found is None:
         return None
-    product, side, guarded, between = found
+    product, side, guards, between = found
     source = node.inputs[0]
     assert source is not None
     path = reading.find_product(source)
@@ -86,6 +100,9 @@ def recognise(node: ir.Node, rewriter: Rewriter) -> str | None:
         raise Refused(f"the softmax is over axis {axis}, not the last")
     _only_here([*path, node, *between])
     scores = reading.read(path, graph)
+    known = {source, *(mask.value for mask in scores.masks[:1] if len(scores.masks) == 1 and mask.fill is None)}
+    if any(tested is not None and tested not in known for tested in guards):
+        raise Refused("some weights become 0, on a condition that is not that their row is masked")
     axes = scores.axes
     for each in between:
         after = moved(each, axes, graph) if not edit.is_op(each, "Cast") else axes
@@ -93,26 +110,26 @@ def recognise(node: ir.Node, rewriter: Rewriter) -> str | None:
             raise Refused("how the weights are reshaped cannot be followed")
         axes = after
     second = products.read(product, graph, (side, axes))
-    return _Attention(graph, node, scores, second, side, guarded).replace()
+    return _Attention(graph, node, scores, second, side, bool(guards)).replace()
 
 
-def _weighted(node: ir.Node) -> tuple[ir.Node, int, bool, list[ir.Node]] | None:
-    """The product of the softmax with values, at which input it is, whether NaN becomes 0, and what lies between."""
-    value, guarded = node.outputs[0], False
+def _weighted(node: ir.Node) -> tuple[ir.Node, int, list[ir.Value | None], list[ir.Node]] | None:
+    """The product of the softmax with values, at which input it is, its guards, what lies between."""
+    value = node.outputs[0]
+    guards: list[ir.Value | None] = []
     between: list[ir.Node] = []
     for _ in range(8):
         readers = list(dict.fromkeys(value.consumers()))
         guard = _guard(value, readers)
         if guard is not None:
-            guarded, value = True, guard.outputs[0]
+            value = guard[0].outputs[0]
+            guards.append(guard[1])
             continue
         found = next((n for n in readers if products.is_product(n)), None)
         if found is not None:
             side = 0 if found.inputs[0] is value else 1
-            return None if found.inputs[1 - side] is value else (found, side, guarded, between)
-        following = next(
-            (n for n in readers if edit.is_op(n, "Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze")), None
-        )
+            return None if found.inputs[1 - side] is value else (found, side, guards, between)
+        following = next((n for n in readers if edit.is_op(n, "Cast", *VIEWS, "Transpose")), None)
         if following is None:
             return None
         between.append(following)
@@ -120,15 +137,28 @@ def _weighted(node: ir.Node) -> tuple[ir.Node, int, bool, list[ir.Node]] | None:
     return None
 
 
-def _guard(value: ir.Value, readers: Sequence[ir.Node]) -> ir.Node | None:
-    """The Where of ``where(isnan(value), 0, value)``."""
-    test = next((n for n in readers if edit.is_op(n, "IsNaN")), None)
+def _guard(value: ir.Value, readers: Sequence[ir.Node]) -> tuple[ir.Node, ir.Value | None] | None:
+    """A Where that gives 0 for rows that are masked as a whole, and what it tests.
+
+    Either ``where(isnan(value), 0, value)``, which tests nothing else, or, as ONNX defines Attention,
+    ``where(max(mask) == -inf, 0, value)``.
+    """
     choice = next((n for n in readers if edit.is_op(n, "Where")), None)
-    if len(readers) != 2 or test is None or choice is None or value.is_graph_output():
+    if choice is None or value.is_graph_output() or choice.inputs[2] is not value or edit.scalar(choice.inputs[1]) != 0:
         return None
-    condition, zero, other = choice.inputs
-    if condition is test.outputs[0] and other is value and edit.scalar(zero) == 0 and len(test.outputs[0].uses()) == 1:
-        return choice
+    test = choice.inputs[0].producer() if choice.inputs[0] is not None else None
+    if edit.is_op(test, "IsNaN") and test is not None and test.inputs[0] is value:
+        alone = len(readers) == 2 and len(test.outputs[0].uses()) == 1
+        return (choice, None) if alone else None
+    if len(readers) != 1 or not edit.is_op(test, "Equal") or test is None:
+        return None
+    for number, other in (tuple(test.inputs), tuple(reversed(test.inputs))):
+        largest = other.producer() if other is not None else None
+        if edit.scalar(number) != -float("inf") or not edit.is_op(largest, "ReduceMax") or largest is None:
+            continue
+        axes = edit.constant(largest.inputs[1], 1) if len(largest.inputs) > 1 else None
+        if axes is not None and axes.reshape(-1).tolist() == [-1] and edit.attribute(largest, "keepdims", 1):
+            return choice, largest.inputs[0]
     return None
 
 
@@ -344,8 +374,6 @@ class _Attention:
         if settled(wanted) == settled(axes):
             graph.supersede(node, "Attention", inputs, attributes)
         else:
-            from graphc.recognition.layout import sizes
-
             made = graph.make(node, "Attention", inputs, attributes, like=value, shape=sizes(settled(wanted)))
             last = arrange(Place(made, settled(wanted)), settled(axes), node, graph)
             graph.bypass(node, last)

@@ -218,14 +218,15 @@ def _meaning(region: list[ir.Node], x: ir.Value, axis: int, rewriter: Rewriter) 
     dtype = rewriter.dtype(x)
     shape = rewriter.shape(x)
     assert shape is not None
-    if dtype not in FLOATS or rewriter.dtype(region[0].outputs[0]) != dtype or len(shape) == -axis:
+    if dtype not in FLOATS or rewriter.dtype(region[0].outputs[0]) != dtype:
         return None
     size = tuple(int(d) for d in shape[axis:])  # type: ignore[arg-type]
     rows, scales = _rows(size, region)
-    computed = _evaluate(region, x, rows.reshape(len(rows), *(1,) * (len(shape) + axis - 1), *size))
-    if computed is None or computed.size != rows.size:
+    lead = (1,) * (len(shape) + axis)
+    each = [_evaluate(region, x, row.reshape(lead + size)) for row in rows]
+    if any(result is None or result.size != row.size for result, row in zip(each, rows, strict=True)):
         return None
-    computed = computed.reshape(rows.shape)
+    computed = np.stack([result.reshape(size) for result in each if result is not None])
     for centred in (True, False):
         for epsilon in scales:
             normal = _normal(rows, centred, epsilon)

@@ -38,6 +38,7 @@ def _sigmoid(x: Array) -> Array:
 
 _KERNELS: dict[str, Callable[..., Array]] = {
     "Add": np.add,
+    "Sum": lambda *operands: sum(operands),
     "Sub": np.subtract,
     "Mul": np.multiply,
     "Div": np.divide,
