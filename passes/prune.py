@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,8 +20,11 @@ from graphc.errors import BadInput, nearest
 from graphc.pruning import allocation, compensation, masks
 from graphc.pruning.allocation import Keep, Limits
 from graphc.pruning.criteria import criterion
-from graphc.pruning.density import ORDERS, Setting
+from graphc.pruning.density import Setting
+from graphc.pruning.latency import Latency
 from graphc.pruning.normalisation import NORMALISATIONS
+from graphc.pruning.orders import ORDERS
+from graphc.pruning.probe import Probe
 
 KINDS = ("channel", "head", "neuron")
 """What is pruned unless ``kinds`` says otherwise: width and experts are rarely safe to lose without healing."""
@@ -48,11 +51,13 @@ class Prune(Pass):
       ZipLM, OSSCAR, DarwinLM);
     - gradients, for which torch is needed: ``taylor``, ``taylor-second``, ``taylor-mix``, ``taylor-vector``
       (LLM-Pruner), ``heapr`` (HEAPr);
+    - the loss of the outputs, measured without each unit in turn (slow): ``loss``;
     - a file: ``scores``.
 
     Allocations: ``uniform`` takes the same part of each group, ``global`` the lowest scores of all groups,
     ``per-cost`` the lowest by what a unit costs, ``erk`` what layers' sizes call for, ``owl`` less where activations
-    have outliers, ``influence`` less where a layer turns the residual stream (CFSP).
+    have outliers, ``influence`` less where a layer turns the residual stream (CFSP); ``knapsack`` measures the loss of
+    the outputs along each group and solves for the least sum, ``evolution`` searches by the loss of the whole.
 
     Compensation, in the weights that read the units: ``mean`` (FLAP's bias), ``ls`` (least squares with an intercept,
     never worse than the bias on the calibration data), ``obs`` (the same by optimal brain surgery), ``merge``.
@@ -61,13 +66,13 @@ class Prune(Pass):
     effect: ClassVar[Effect] = Effect.LOSSY
 
     ratio: float = option(0.0, "The part to remove, from 0 to below 1, of what 'of' counts.")
-    of: Literal["units", "params", "bytes", "flops"] = option(
-        "units", "What the ratio is a part of: the units of the chosen groups, or the whole model's cost."
+    of: Literal["units", "params", "bytes", "flops", "latency"] = option(
+        "units", "What the ratio is a part of: the chosen groups' units, or the model's cost; latency is measured."
     )
     kinds: tuple[str, ...] = option(KINDS, "Kinds of groups to prune; 'all' for every kind.")
     include: tuple[str, ...] = option((), "Patterns of group or weight names to prune; all if none is given.")
     exclude: tuple[str, ...] = option((), "Patterns of group or weight names to leave alone.")
-    allocate: Literal["uniform", "global", "per-cost", "erk", "owl", "influence"] = option(
+    allocate: Literal["uniform", "global", "per-cost", "erk", "owl", "influence", "knapsack", "evolution"] = option(
         "uniform", "How the budget is spread over groups, see below; 'global' compares the units of all groups."
     )
     criterion: str = option("l2", "How units are ranked within a group, see below; 'scores' takes a file's.")
@@ -129,9 +134,9 @@ class Prune(Pass):
             asking = [] if self.criterion == "scores" else [criterion(self.criterion).needs]
             asking.append(ORDERS[self.allocate].needs)
             wanted = [ask(groups, chosen) for ask in asking if ask is not None]
-        if self.sequential:
+        if self.sequential or self.of == "latency":
             wanted.append(Needs(calibration=True))
-        else:
+        if not self.sequential:
             wanted.append(compensation.needs(groups, chosen, self.compensate))
         return Needs(frozenset().union(*(each.statistics for each in wanted)), any(each.calibration for each in wanted))
 
@@ -212,9 +217,15 @@ class Prune(Pass):
         scores = self._scores(groups, chosen, ctx, result)
         chosen = [group for group in chosen if group.name in scores]
         limits = {g.name: Limits(max(self.min_keep, g.min_keep), self._multiple(g, ctx)) for g in chosen}
-        cost = allocation.Cost(model, chosen, self.of)
-        setting = Setting(groups, chosen, scores, allocation.unit_costs(chosen, cost), ctx)
-        removed = allocation.allocate(chosen, ORDERS[self.allocate].levels(setting), self.ratio, cost, limits)
+        cost: Callable[[Mapping[str, int]], float]
+        if self.of == "latency":
+            cost = Latency(model, chosen, ctx, interface=self.allow_interface)
+        else:
+            cost = allocation.Cost(model, chosen, self.of)
+        order, unit_costs = ORDERS[self.allocate], allocation.unit_costs(chosen, cost)
+        probe = Probe(model, ctx, self._trial(ctx), interface=self.allow_interface) if order.probes else None
+        setting = Setting(groups, chosen, scores, unit_costs, ctx, self.ratio, cost, limits, probe)
+        removed = allocation.allocate(chosen, order.levels(setting), self.ratio, cost, limits)
         keep = allocation.masks(chosen, scores, removed)
         reached = 1 - cost(removed) / cost({}) if cost({}) else 0.0
         if reached < self.ratio - 0.01:
@@ -226,6 +237,11 @@ class Prune(Pass):
             if limits[group.name].least > 1 and group.size - removed.get(group.name, 0) == limits[group.name].least:
                 result.refuse(group.name, f"keeps the least it may: {limits[group.name].least} units")
         return keep
+
+    def _trial(self, ctx: Context) -> Callable[[ir.Model, Groups, Mapping[str, Array]], None]:
+        """What is done to units that go when an allocation is tried out: as in the end, but in one go."""
+        once = dataclasses.replace(self, compensate="none" if self.sequential else self.compensate, sequential=False)
+        return lambda model, groups, keep: once._write(model, groups, dict(keep), ctx, PassResult())
 
     def _scores(self, groups: Groups, chosen: list[Group], ctx: Context, result: PassResult) -> dict[str, Array]:
         """Normalised scores of all groups that have some."""

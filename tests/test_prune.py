@@ -21,8 +21,8 @@ from graphc.passes.prune import BACKOFF, Prune
 from graphc.passes.shrink import Shrink
 from graphc.pruning.compensation import FITS
 from graphc.pruning.criteria import CRITERIA
-from graphc.pruning.density import ORDERS
 from graphc.pruning.normalisation import NORMALISATIONS
+from graphc.pruning.orders import ORDERS
 from graphc.recipe import Recipe
 
 CONTEXT = Context(Capabilities("portable", 10, {"": 21}))

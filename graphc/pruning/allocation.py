@@ -8,7 +8,7 @@ both.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -144,7 +144,7 @@ def _source(value: ir.Value | None) -> ir.Value | None:
     return value
 
 
-def unit_costs(groups: Sequence[Group], cost: Cost) -> dict[str, float]:
+def unit_costs(groups: Sequence[Group], cost: Callable[[Mapping[str, int]], float]) -> dict[str, float]:
     """What the first unit of each group that goes takes with it."""
     whole = cost({})
     return {group.name: whole - cost({group.name: 1}) for group in groups}
@@ -154,7 +154,7 @@ def allocate(
     groups: Sequence[Group],
     levels: Sequence[Array],
     ratio: float,
-    cost: Cost,
+    cost: Callable[[Mapping[str, int]], float],
     limits: Mapping[str, Limits],
 ) -> dict[str, int]:
     """Choose how many units each group loses so that ``ratio`` of the cost goes, as far as the limits allow.

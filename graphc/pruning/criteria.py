@@ -20,7 +20,7 @@ from graphc.axes.groups import Group, Groups, Place
 from graphc.contract import Context, Needs
 from graphc.edit import Array
 from graphc.errors import BadInput, nearest
-from graphc.pruning import activations, curvature, routers, taylor
+from graphc.pruning import activations, curvature, probe, routers, taylor
 from graphc.pruning.projection import projection
 
 
@@ -136,6 +136,10 @@ def random(groups: Groups, group: Group, context: Context) -> Array:
     return generator.random((*group.blocks, group.size))
 
 
+def _samples(groups: Groups, chosen: Sequence[Group]) -> Needs:
+    return Needs(calibration=True)
+
+
 CRITERIA: dict[str, Criterion] = {
     "l1": Criterion(magnitude(1), "sum of the absolute weights of a unit"),
     "l2": Criterion(magnitude(2), "norm of the weights of a unit"),
@@ -182,6 +186,7 @@ CRITERIA: dict[str, Criterion] = {
         taylor.heapr_needs,
         scaled=True,
     ),
+    "loss": Criterion(probe.loss, "what the outputs lose without it, measured", _samples, scaled=True),
     "frequency": Criterion(routers.frequency, "how often a router chooses an expert", routers.needs),
     "mass": Criterion(routers.mass, "the weight that a router gives an expert (UNCURL)", routers.needs),
     "router-distance": Criterion(routers.distance, "how far the router's row is from the nearest other (STUN)"),

@@ -1,4 +1,4 @@
-"""Orders: which unit of which group goes next. One function each, in one table.
+"""Orders: which unit of which group goes next. One function each; :mod:`graphc.pruning.orders` has the table.
 
 An order gives every group a level for its first, second, ... unit to go; all levels of all groups are merged, and
 units go from the lowest on until the budget is met. So each allocation is one rising sequence by group.
@@ -17,7 +17,9 @@ from graphc.axes.groups import Group, Groups
 from graphc.contract import Context, Needs
 from graphc.edit import Array
 from graphc.pruning import activations
+from graphc.pruning.allocation import Limits
 from graphc.pruning.consumers import Consumer, consumers
+from graphc.pruning.probe import Probe
 from graphc.stats import SimilarityOf
 
 OUTLIER = 5.0
@@ -36,6 +38,10 @@ class Setting:
         scores: Normalised scores of each, by name.
         unit_costs: What a unit of each costs, by name.
         context: Statistics.
+        ratio: The part of the cost that goes.
+        cost: What the model costs once each group lost so many units.
+        limits: What each group must keep, by name.
+        probe: Measures losses; None where the order needs none.
     """
 
     groups: Groups
@@ -43,6 +49,10 @@ class Setting:
     scores: Mapping[str, Array]
     unit_costs: Mapping[str, float]
     context: Context
+    ratio: float
+    cost: Callable[[Mapping[str, int]], float]
+    limits: Mapping[str, Limits]
+    probe: Probe | None = None
 
 
 Levels = list[Array]
@@ -57,11 +67,13 @@ class Order:
         levels: See ``Levels``.
         about: What it is, for the documentation.
         needs: What must have been collected before; None for nothing.
+        probes: Whether it measures losses.
     """
 
     levels: Callable[[Setting], Levels]
     about: str
     needs: Callable[[Groups, Sequence[Group]], Needs] | None = None
+    probes: bool = False
 
 
 def _rising(scores: Array, size: int) -> Array:
@@ -165,13 +177,3 @@ def _branch(group: Group) -> SimilarityOf | None:
                 break
             value = node.outputs[0]
     return None
-
-
-ORDERS: dict[str, Order] = {
-    "uniform": Order(uniform, "the same part of each group"),
-    "global": Order(together, "the units with the lowest scores of all groups"),
-    "per-cost": Order(per_cost, "the units with the lowest scores by what they cost"),
-    "erk": Order(erk, "layers keep what their sizes call for (Erdos-Renyi kernel)"),
-    "owl": Order(owl, "layers with more outliers keep more (OWL)", activations.needs),
-    "influence": Order(influence, "layers that turn the residual stream more keep more (CFSP)", influence_needs),
-}
