@@ -70,7 +70,9 @@ def solve(options: Sequence[Sequence[tuple[int, float, float]]], saving: float) 
         What was chosen for each item.
     """
     saving = min(saving, sum(max(s for _, s, _ in curve) for curve in options))
-    unit = saving / BUCKETS if saving > 0 else 1.0
+    if saving <= 0:
+        return [min(curve, key=lambda option: option[2])[0] for curve in options]
+    unit = saving / BUCKETS
     best = np.full(BUCKETS + 1, np.inf)
     best[0] = 0.0
     picks = []
