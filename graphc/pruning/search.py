@@ -72,7 +72,6 @@ def solve(options: Sequence[Sequence[tuple[int, float, float]]], saving: float) 
     saving = min(saving, sum(max(s for _, s, _ in curve) for curve in options))
     if saving <= 0:
         return [min(curve, key=lambda option: option[2])[0] for curve in options]
-    unit = saving / BUCKETS
     best = np.full(BUCKETS + 1, np.inf)
     best[0] = 0.0
     picks = []
@@ -80,7 +79,7 @@ def solve(options: Sequence[Sequence[tuple[int, float, float]]], saving: float) 
         after, pick = np.full(BUCKETS + 1, np.inf), np.zeros(BUCKETS + 1, dtype=np.int64)
         source = np.zeros(BUCKETS + 1, dtype=np.int64)
         for index, (_, saved, loss) in enumerate(curve):
-            step = min(round(saved / unit), BUCKETS)
+            step = round(min(saved / saving, 1.0) * BUCKETS)
             for start in np.flatnonzero(np.isfinite(best)).tolist():
                 end = min(start + step, BUCKETS)
                 if best[start] + loss < after[end]:
