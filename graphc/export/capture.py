@@ -192,7 +192,8 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
 
     training = {each: each.training for each in module.modules()}
     try:
-        module.eval()
+        with suppress(NotImplementedError):  # of an exported program, whose mode is settled
+            module.eval()
         with torch.no_grad():
             yield
     finally:

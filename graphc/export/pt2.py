@@ -8,6 +8,7 @@ before it sees the file, and what is not data is refused; pickles are limited to
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -28,9 +29,14 @@ _FUNCTIONS = (
     "FloorDiv ModularIndexing Where PythonMod Mod CleanDiv CeilToInt FloorToInt CeilDiv LShift RShift PowByNatural"
     " FloatPow FloatTrueDiv IntTrueDiv IsNonOverlappingAndDenseIndicator TruncToFloat TruncToInt RoundToInt"
     " RoundDecimal ToFloat Identity Max Min Abs Eq Ne Lt Le Gt Ge And Or Not True False Integer Float Rational"
-    " floor ceiling oo int_oo"
+    " floor ceiling oo int_oo Symbol Add Mul Pow Equality Unequality StrictLessThan LessThan StrictGreaterThan"
+    " GreaterThan Piecewise ExprCondPair Tuple"
 )
 _KNOWN = frozenset(_FUNCTIONS.split())
+_PLAIN = (
+    *(ast.Expression, ast.Load, ast.keyword, ast.Tuple),
+    *(ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop),
+)
 _MATH = frozenset({"ceil", "floor", "sqrt", "trunc", "pow", "log2"})
 
 
@@ -49,6 +55,8 @@ def load(path: Path) -> ExportedProgram:
         try:
             program = torch.export.load(path)
         except Exception as error:  # whatever a damaged file makes torch raise
+            if "Weights only load failed" in str(error):
+                raise _unsafe(path, "it holds pickled objects that are no tensors", _SAVE_AGAIN) from error
             raise _unreadable(path, str(error).strip().split("\n")[0] or type(error).__name__) from error
     program._guards_code = []  # conditions on the inputs, as code
     return program
@@ -130,10 +138,25 @@ def _walk(item: Any, path: Path) -> None:
 
 
 def _expression(text: str, path: Path) -> None:
-    plain = re.fullmatch(r"[\w\s+\-*/%(),.<>=!&|~]*", text) and not re.search(r"\.\s*[A-Za-z_]|[\w)]\s*\.\s*\(", text)
-    words = re.findall(r"[A-Za-z_]\w*", text)
-    if not plain or not all(word in _KNOWN or re.fullmatch(r"[a-z]+\d+", word) for word in words):
+    """Let only numbers, symbols and known functions of them pass: SymPy evaluates it as Python."""
+    try:
+        parts = list(ast.walk(ast.parse(text.strip(), mode="eval")))
+    except (SyntaxError, ValueError, RecursionError):
+        parts = []
+    if not parts or not all(_is_plain(part) for part in parts):
         raise _unsafe(path, f"a size is given as '{text[:60]}', which is no expression over sizes", _SAVE_AGAIN)
+
+
+def _is_plain(part: ast.AST) -> bool:
+    if isinstance(part, ast.Constant):
+        if isinstance(part.value, str):
+            return re.fullmatch(r"[\w.+-]*", part.value) is not None
+        return isinstance(part.value, int | float)
+    if isinstance(part, ast.Name):
+        return part.id in _KNOWN or re.fullmatch(r"[a-z]+\d+", part.id) is not None
+    if isinstance(part, ast.Call):
+        return isinstance(part.func, ast.Name) and part.func.id in _KNOWN
+    return isinstance(part, _PLAIN)
 
 
 def _target(text: str, path: Path) -> None:

@@ -97,7 +97,9 @@ def export(
         program, module = module, _module_of(module)
         args, kwargs = (args, kwargs) if args or kwargs else program.example_inputs or ((), {})
         given = arguments(module, args, kwargs)
-        captured = of_program(program, given, [{} for _ in given.leaves], "an exported program", ())
+        captured = of_program(
+            program, given, [{} for _ in given.leaves], "torch.export, by whoever made the program", ()
+        )
         with quiet():
             model, writes = translate(program, module, opset)
     else:
