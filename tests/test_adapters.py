@@ -449,6 +449,40 @@ def test_tied_parameters_that_the_torch_frontend_notes(tmp_path: Path) -> None:
     np.testing.assert_allclose(run(found, i=ids)[0], table[ids] @ mid @ last.T, rtol=1e-4, atol=1e-5)
 
 
+def test_tied_tables_of_two_modules_get_each_their_own(tmp_path: Path) -> None:
+    table, ids = numbers(11, 6), np.array([[1, 3, 7]])
+    body = "y = Gather(enc__embed__weight, i) z = Gather(enc__embed__weight, i)"
+    model = build(body, "int64[N,S] i", "y z", enc__embed__weight=table)
+    model.graph.initializers["enc.embed.weight"].metadata_props["graphc.aliases"] = "dec.embed.weight"
+    for node, path in zip(model.graph, ("enc.embed", "dec.embed"), strict=True):
+        node.metadata_props["graphc.module"] = path
+    folder = lora(tmp_path / "a", enc__embed=(11, 6), dec__embed=(11, 6))
+    first, second = run(fold(model, folder)[0], i=ids)
+    np.testing.assert_allclose(first, (table + delta(folder, "enc.embed"))[ids], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(second, (table + delta(folder, "dec.embed"))[ids], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_hugging_face_folder_with_its_adapter(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = transformers.LlamaConfig(**sizes, vocab_size=99, num_key_value_heads=2, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    net = transformers.LlamaForCausalLM(config).eval()
+    net.save_pretrained(tmp_path / "base")
+    model = trained(net, L(r=2, target_modules=["q_proj", "down_proj", "embed_tokens"]), tmp_path / "a")
+    options = {"measure": False, "cache": False, "verify": False, "kv_cache": "none"}
+    graphc.optimize(tmp_path / "base", tmp_path / "out", adapters=[tmp_path / "a"], **options)
+    ids = torch.tensor([[3, 7, 11, 50, 98]])
+    session = runtime.session(tmp_path / "out" / "model.onnx", optimise=True)
+    given_ = {"input_ids": ids.numpy(), "attention_mask": np.ones((1, 5), np.int64), "position_ids": np.arange(5)[None]}
+    named = {value.name for value in ir.load(tmp_path / "out" / "model.onnx").graph.inputs}
+    logits = next(iter(session.run({name: given_[name] for name in named}).values()))
+    with torch.no_grad():
+        wanted = model(input_ids=ids, use_cache=False).logits.numpy()
+    np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_a_source_of_several_graphs(tmp_path: Path) -> None:
     folder = lora(tmp_path / "a", encoder__q=(6, 8), decoder__q=(6, 8))
     held = {"encoder": numbers(8, 6), "decoder": numbers(8, 6, seed=2)}

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from graphc.adapters.changes import Change, Replaced, Scaled, Stacked
 from graphc.adapters.combine import Combine, combined
 from graphc.adapters.merged import part_of
-from graphc.adapters.sites import Index, Site, Use, locate, prefix, stored_shape, uses
+from graphc.adapters.sites import Index, Site, Use, by_module, locate, prefix, stored_shape, uses
 from graphc.adapters.targets import Target
 from graphc.errors import BadInput, nearest
 
@@ -122,8 +122,8 @@ class _Search:
             return self._stacked(wish, present)
         return self._at(wish, present[0])
 
-    def _at(self, wish: Wish, value: ir.Value, note: str = "") -> Placed:
-        """Where a wish is granted, if it is at this constant."""
+    def _at(self, wish: Wish, value: ir.Value, note: str = "") -> Placed | None:
+        """Where a wish is granted, if it is at this constant; None if the module is not in this graph."""
         target = wish.first
         readers = self._readers(value)
         shape = getattr(target.change, "shape", None)
@@ -142,6 +142,11 @@ class _Search:
             problem = _misfit(change, canonical)
             if problem:
                 raise target.folder.bad(f"the adapter does not fit '{target.name}'", problem)
+        in_module = by_module(value, self.name(target.module, "")[:-1])
+        if in_module is not None:
+            if not in_module:
+                return None
+            own = None if len(in_module) == len(value.uses()) else in_module
         if own is not None and target.folder.config.get("ensure_weight_tying"):
             own = None
         if own is not None and not note:

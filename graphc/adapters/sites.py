@@ -130,7 +130,7 @@ class Index:
                     index._add(node.outputs[0].name or "", node.outputs[0])
         for node in edit.nodes(model):
             weight = _weight(node)
-            path = _module(node) if weight is not None else ""
+            path = module(node) if weight is not None else ""
             if weight is not None and path:
                 suggested.setdefault(f"{path}.weight", []).append(weight)
         for name, values in suggested.items():
@@ -184,7 +184,7 @@ def _difference(want: str, name: str) -> tuple[str, str]:
     return "".join(f"{part}." for part in a[:-common]), "".join(f"{part}." for part in b[:-common])
 
 
-def _module(node: ir.Node) -> str:
+def module(node: ir.Node) -> str:
     """The path of the torch module that a node came from, as exporters write it down; empty if they did not."""
     if _MODULE in node.metadata_props:
         return node.metadata_props[_MODULE]
@@ -197,6 +197,21 @@ def _module(node: ir.Node) -> str:
         return names[-2] if len(names) > 1 else ""
     name = node.name or ""
     return ".".join(name.split("/")[1:-1]) if name.startswith("/") else ""
+
+
+def by_module(value: ir.Value, path: str) -> tuple[Use, ...] | None:
+    """The uses of a tied parameter that are in one of its modules.
+
+    Returns:
+        None where the parameter is not noted to be tied, or the modules of its readers are not known; no uses where the
+        module is not in the graph.
+    """
+    if _ALIASES not in value.metadata_props:
+        return None
+    found = uses(value)
+    if any(use.product is None or _MODULE not in use.product.metadata_props for use in found):
+        return None
+    return tuple(use for use in found if use.product is not None and module(use.product) == path)
 
 
 def _weight(node: ir.Node) -> ir.Value | None:
