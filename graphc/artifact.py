@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +84,7 @@ def place(
     settings: Settings,
     try_out: Sequence[TryOut],
     beside: Mapping[str, Callable[[Path], None]],
-    companions: Sequence[Path] = (),
+    companions: Mapping[str, Callable[[Path], None]] | None = None,
 ) -> None:
     """Emit the models of a report, have what was emitted tried out, and only then put it at ``output``.
 
@@ -97,7 +96,7 @@ def place(
         settings: The flags of the run.
         try_out: For the report, or for each of its parts.
         beside: Writers of further files, by name.
-        companions: Files to copy into an artifact folder.
+        companions: Writers of files for an artifact folder only, by name.
 
     Raises:
         BadInput: The output cannot be written.
@@ -129,8 +128,8 @@ def place(
             report.output["path"] = "" if settings.dry_run else str(output)
             hold_sizes(report, settings)
         if not single:
-            for path in companions:
-                shutil.copyfile(path, staging / path.name)
+            for name, write in (companions or {}).items():
+                write(staging / name)
             written = [p for p in staging.iterdir() if p.is_file() and p.name != files.MANIFEST]
             _write_json(staging / files.MANIFEST, _manifest(report, written, staging) | settings.adapters.manifest())
             report.write(staging / "report.json")

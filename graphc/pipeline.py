@@ -169,6 +169,13 @@ def run(
         artifact.check_output(source if isinstance(source, Path) else source.path, output)
     progress("loading", 0, 0)
     loaded = _load(source, settings) if isinstance(source, Path) else source
+    if loaded.others and any(getattr(each, "allow_interface", False) for each in settings.recipe.passes):
+        raise BadInput(
+            "the interfaces of several graphs cannot be cut",
+            why=f"{' and '.join(part.name for part in loaded.parts)} hand each other what they compute, "
+            "and each is pruned by itself",
+            hint="leave allow-interface out",
+        )
     if loaded.others and output is not None and artifact.is_file(output):
         raise BadInput(
             f"the model becomes {len(loaded.parts)} graphs, which one file cannot hold",
@@ -188,6 +195,7 @@ def run(
     if loaded.others:
         report = Report.together({part.name: each for part, each in zip(loaded.parts, reports, strict=True)})
         report.input = artifact.describe_stored(report.input, stored)
+        report.warnings += _apart(loaded.parts, reports)
     read = [*loaded.files, *loaded.depends, *inputs, *recipe.files()]
     files = [*read, *_files(settings.data), *_files(settings.calibrate)]
     beside = {name: write for work in works for name, write in work.loaded.beside.items()}
@@ -197,6 +205,29 @@ def run(
     if report_file is not None:
         report.write(report_file)
     return report
+
+
+def _apart(sources: Sequence[Source], reports: Sequence[Report]) -> list[str]:
+    """A warning where lossy passes made something else of a weight in one graph than in another."""
+    from graphc.model import digest
+
+    held: dict[str, list[tuple[Any, Any]]] = {}
+    for source, report in zip(sources, reports, strict=True):
+        if report.model is None or not any(each.effect == "lossy" and each.changes for each in report.passes):
+            continue
+        before = source.model.graph.initializers
+        for name, value in report.model.graph.initializers.items():
+            if name in before:
+                held.setdefault(name, []).append((before[name].const_value, value.const_value))
+    differ = [
+        name
+        for name, pairs in held.items()
+        if len({digest(old) for old, _ in pairs}) == 1 and len({digest(new) for _, new in pairs}) > 1
+    ]
+    if not differ:
+        return []
+    more = f" and {len(differ) - 1} more" if len(differ) > 1 else ""
+    return [f"each graph was pruned by itself, and not alike: '{differ[0]}'{more}"]
 
 
 def _load(path: Path, settings: Settings) -> Source:

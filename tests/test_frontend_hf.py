@@ -23,7 +23,7 @@ from hf_models import GENERATES, MODELS, make, save  # noqa: E402
 import graphc  # noqa: E402
 from graphc import runtime  # noqa: E402
 from graphc.errors import BadInput  # noqa: E402
-from graphc.frontends import hf  # noqa: E402
+from graphc.frontends import hf, is_torch  # noqa: E402
 from graphc.frontends.huggingface import against, parts, skeleton, weights  # noqa: E402
 from graphc.frontends.huggingface.folder import open_folder, quiet  # noqa: E402
 from graphc.frontends.huggingface.tasks import model_class  # noqa: E402
@@ -163,6 +163,11 @@ def test_several_graphs_need_a_folder(sources: Any, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_graphs_hand_each_other_is_not_cut(sources: Any) -> None:
+    with pytest.raises(BadInput, match="interfaces of several graphs"):
+        graphc.optimize(sources("t5"), None, recipe="prune{ratio=0.5 allow-interface=true},shrink")
+
+
 def test_stored_dtypes_and_stacked_experts_are_computed_when_read(tmp_path: Path) -> None:
     folder = save("mixtral", tmp_path / "mixtral", lambda model: model.to(torch.bfloat16))
     stored = safetensors.index(folder / "model.safetensors")
@@ -258,6 +263,7 @@ def test_the_hub_is_asked_only_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path
     with pytest.raises(BadInput, match="no such folder") as folder:
         hf.load(Path("org/name"))
     assert "hf:org/name" in folder.value.hint
+    assert not is_torch("hf:gpt2")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     import huggingface_hub
 

@@ -35,7 +35,7 @@ class Source:
         beside: Writers of files that belong beside the output, by name.
         name: What the graph is called where a source has several.
         others: The further graphs of the source.
-        companions: Files that go with the model (tokenizer, configuration), to be kept in an artifact folder.
+        companions: Writers of files that go with the model (tokenizer, configuration) into an artifact folder, by name.
         notes: How it was made, where it was not a model already: what was tried, what it was compared with.
         depends: What else it was made from: Python files of the user, an exported program.
         sha256: The hash of what the model says, where it is in no file.
@@ -55,7 +55,7 @@ class Source:
     sha256: str = ""
     name: str = "model"
     others: tuple[Source, ...] = ()
-    companions: tuple[Path, ...] = ()
+    companions: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
 
     def with_others(self, others: Sequence[Source]) -> Source:
         """The same source with further graphs."""
@@ -113,5 +113,8 @@ def is_torch(source: object) -> bool:
     if not isinstance(source, str | Path):
         return True
     from graphc.export.entry import is_entry
+    from graphc.frontends import hf
 
+    if str(source).startswith(hf.HUB):
+        return False
     return Path(source).suffix == ".pt2" or is_entry(str(source))

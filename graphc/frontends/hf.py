@@ -47,7 +47,7 @@ def load(path: Path, *, task: str = "", kv_cache: str = "merged", verify: bool =
     from graphc.frontends.huggingface.tasks import model_class
 
     _refuse_quantized(folder)
-    cls = model_class(folder.config, task)
+    cls = model_class(folder.config, task, generates=folder.gguf is not None)
     found = _with_weights(cls, folder)
     exported = [(part, _export(found, part)) for part in graphs.parts(found.model, folder.path, kv_cache)]
     result = PassResult()
@@ -60,7 +60,7 @@ def load(path: Path, *, task: str = "", kv_cache: str = "merged", verify: bool =
             found.files,
             result if not i else PassResult(),
             name=part.name,
-            companions=folder.companions,
+            companions=folder.companions(),
             warnings=(*(found.notes if not i else ()), *notes),
             measurements=measured[i],
         )

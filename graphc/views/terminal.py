@@ -40,6 +40,8 @@ def show_report(report: Document, *, why: bool = False, verbose: bool = False) -
         console.print(f"[bold]{escape(name)}[/]")
         _show_part(console, part, why, verbose)
         console.print()
+    for warning in report["warnings"] if parts else ():
+        console.print(f"[yellow]note[/]      {escape(warning)}")
     if not parts:
         _show_part(console, report, why, verbose)
     if after.get("path"):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ CONFIG = "config.json"
 HUB = "hf:"
 """Prefix of a source that is a model's name on the hub."""
 
-_COMPANIONS = (
+_BESIDE = (
     "*config*.json",
     "token*",
     "special_tokens_map.json",
@@ -26,7 +28,6 @@ _COMPANIONS = (
     "*.model",
     "normalizer.json",
     "chat_template*",
-    "additional_chat_templates/*",
 )
 """What a tokenizer, a processor and ``generate`` read."""
 
@@ -39,13 +40,13 @@ class Folder:
         path: The folder.
         config: transformers' configuration object.
         gguf: The GGUF file that has the weights; then there may be no ``config.json``.
-        companions: Files to keep beside an artifact: configuration, tokenizer, processor.
+        beside: Files that go with the model: configuration, tokenizer, processor.
     """
 
     path: Path
     config: Any
     gguf: Path | None
-    companions: tuple[Path, ...]
+    beside: tuple[Path, ...]
 
     @property
     def weights(self) -> Path | None:
@@ -55,10 +56,38 @@ class Folder:
             None,
         )
 
+    def companions(self) -> dict[str, Callable[[Path], None]]:
+        """Writers of the files that go with the model, by name; those that a GGUF file holds are made from it."""
+        found: dict[str, Callable[[Path], None]] = {}
+        if self.gguf is not None:
+            found[CONFIG] = self.config.to_json_file
+            tokenizer = _gguf_tokenizer(self.gguf)
+            if tokenizer is not None:
+                found["tokenizer.json"] = lambda place: tokenizer.save(str(place))
+        return found | {path.name: partial(_copy, path) for path in self.beside}
+
     @property
     def pickles(self) -> list[Path]:
         """Checkpoints in torch's own format."""
         return sorted(self.path.glob("pytorch_model*.bin"))
+
+
+def _copy(source: Path, destination: Path) -> None:
+    shutil.copyfile(source, destination)
+
+
+def _gguf_tokenizer(path: Path) -> Any:
+    """The tokenizer that a GGUF file holds, as the library tokenizers has it; None if it is of an unknown kind."""
+    from transformers import AutoTokenizer
+
+    with quiet():
+        try:
+            found = AutoTokenizer.from_pretrained(
+                path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
+            )
+        except Exception:  # kinds of tokenizers that transformers does not convert
+            return None
+    return getattr(found, "backend_tokenizer", None)
 
 
 def knows(path: Path) -> bool:
@@ -110,8 +139,8 @@ def open_folder(path: Path) -> Folder:
             )
         gguf = found[0] if found else None
     config = _config(folder, gguf)
-    companions = sorted({p for pattern in _COMPANIONS for p in folder.glob(pattern) if p.is_file()})
-    return Folder(folder, config, gguf, tuple(companions))
+    beside = sorted({p for pattern in _BESIDE for p in folder.glob(pattern) if p.is_file()})
+    return Folder(folder, config, gguf, tuple(beside))
 
 
 def _config(folder: Path, gguf: Path | None) -> Any:

@@ -9,11 +9,12 @@ from typing import Any
 from graphc.errors import BadInput, nearest
 
 
-def model_class(config: Any, task: str = "") -> Any:
+def model_class(config: Any, task: str = "", *, generates: bool = False) -> Any:
     """The model's class.
 
     Args:
         config: Its configuration.
+        generates: Whether a class that generates text is meant where the configuration names none, as GGUF files do.
         task: The name of a pipeline (``text-classification``) or of an auto class (``masked-lm`` for
             ``AutoModelForMaskedLM``); empty for the class that was saved.
 
@@ -27,7 +28,9 @@ def model_class(config: Any, task: str = "") -> Any:
             found = getattr(transformers, name, None)
             if found is not None:
                 return found
-        return _class(transformers.AutoModel, config) or _no_task(config, "")
+        text = (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM) if generates else ()
+        found = (_class(auto, config) for auto in (*text, transformers.AutoModel))
+        return next(filter(None, found), None) or _no_task(config, "")
     known = dict(_tasks())
     if task not in known:
         raise BadInput(f"there is no task '{task}'", hint=nearest(task, list(known)))
