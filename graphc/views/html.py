@@ -31,16 +31,26 @@ def page(report: Mapping[str, Any]) -> str:
         f"<style>{_STYLE}</style><h1>graphc optimize {name}</h1>",
         _verdict(report),
         _bars(report),
-        "<h2>Passes</h2>",
-        _passes(report),
-        "<h2>Left alone</h2>",
-        _reasons(report),
-        "<h2>Checked outputs</h2>",
-        _outputs(report),
+        *(_details(part, name) for name, part in report.get("parts", {"": report}).items()),
         f"<p class='dim'>recipe <code>{escape(report['recipe'])}</code>, target <code>{escape(report['target'])}"
         f"</code>, schema <code>{escape(report['schema'])}</code></p></html>",
     ]
     return "\n".join(parts) + "\n"
+
+
+def _details(report: Mapping[str, Any], name: str) -> str:
+    """What was done to one graph; its name is empty where it is the only one."""
+    of = f" of {escape(name)}" if name else ""
+    return "\n".join(
+        [
+            f"<h2>Passes{of}</h2>",
+            _passes(report),
+            f"<h2>Left alone{of}</h2>",
+            _reasons(report),
+            f"<h2>Checked outputs{of}</h2>",
+            _outputs(report),
+        ]
+    )
 
 
 def _verdict(report: Mapping[str, Any]) -> str:
