@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -62,12 +62,7 @@ class OnnxRuntime(Backend):
         from graphc import model as models
         from graphc import runtime
 
-        settings: Mapping[str, Any] = {}
-        if path.is_dir():
-            settings = _manifest(path).get("runtime", {})
-            path = path / MODEL
-        elif files.is_artifact(path.parent):
-            settings = _manifest(path.parent).get("parts", {}).get(path.stem, {}).get("runtime", {})
+        path, settings = _file(path)
         # ONNX Runtime copies weights that are in the model's own file; frugally they are mapped instead.
         large = frugal and path.is_file() and path.stat().st_size > runtime.BIG
         return runtime.session(
@@ -77,6 +72,18 @@ class OnnxRuntime(Backend):
             options=settings.get("session_options", {}),
             threads=settings.get("threads", self.threads),
             frugal=frugal,
+        )
+
+    def unrealised(self, path: Path) -> Sequence[str]:
+        from graphc import model as models
+        from graphc.runtime import realised
+
+        path, settings = _file(path)
+        return realised.unrealised(
+            models.load(path),
+            path,
+            provider=settings.get("provider", self.provider),
+            options=settings.get("session_options", {}),
         )
 
 
@@ -108,6 +115,15 @@ def _session_options(model: ir.Model) -> dict[str, str]:
         dtypes.add(ir.DataType.UINT8)
     # Without VNNI, ONNX Runtime adds pairs of products of uint8 and int8 in 16 bits, which saturate.
     return {"session.x64quantprecision": "1"} if {ir.DataType.UINT8, ir.DataType.INT8} <= dtypes else {}
+
+
+def _file(path: Path) -> tuple[Path, Mapping[str, Any]]:
+    """The model file of what was emitted, and what its manifest says of the runtime."""
+    if path.is_dir():
+        return path / MODEL, _manifest(path).get("runtime", {})
+    if files.is_artifact(path.parent):
+        return path, _manifest(path.parent).get("parts", {}).get(path.stem, {}).get("runtime", {})
+    return path, {}
 
 
 @cache

@@ -295,6 +295,14 @@ class Backend(abc.ABC):
             frugal: Spend time to save memory; what is loaded so must not be timed.
         """
 
+    def unrealised(self, path: Path) -> Sequence[str]:
+        """What of an emitted model's operators is not run as the one operator it is, e.g. ``"2 of 12 Attention"``.
+
+        Args:
+            path: What ``emit`` or ``emit_file`` wrote.
+        """
+        return ()
+
     def spec(self) -> str:
         """The backend as text, with the options that are not at their defaults."""
         return spec_text(self.name, self)

@@ -58,6 +58,8 @@ def inspect(source: Path | Source) -> dict[str, Any]:
         "dynamic axes": ", ".join(sorted(_dynamic(model))) or "none",
         "local functions": len(model.functions),
     }
+    if found := _attentions(loaded):
+        summary["attention"] = found
     return {
         "schema": "graphc-inspect/1",
         "summary": summary,
@@ -73,6 +75,21 @@ def inspect(source: Path | Source) -> dict[str, Any]:
         ],
         "suspicious": list(_suspicious(model)),
     }
+
+
+def _attentions(loaded: Source) -> str:
+    """How many attentions can be recognised; "" without attention."""
+    from graphc.contract import Capabilities
+    from graphc.errors import BadInput
+    from graphc.recognition.census import attentions
+
+    try:
+        from graphc import runtime
+
+        target = runtime.capabilities()
+    except BadInput:
+        target = Capabilities("onnxruntime", max_ir=10, max_opset={"": 23})
+    return attentions(loaded.model, target)
 
 
 def _operator(node: ir.Node) -> str:

@@ -62,6 +62,8 @@ def try_out(
         if settings.verify:
             _compare(loaded, checker(), source, report)
         if timed:
+            progress("reading back", 0, 0)
+            _read_back(emitted, settings, report)
             progress("measuring", 0, 0)
             _time(loaded, samples, source, settings, report, latency)
         elif settings.measure:
@@ -73,6 +75,12 @@ def try_out(
             why=error.why or error.what,
             hint="please report this as a defect of graphc, with the model if you may",
         ) from error
+
+
+def _read_back(emitted: Path, settings: Settings, report: Report) -> None:
+    """Warn of operators that were emitted as one and that the target does not run as one."""
+    for missing in settings.target.unrealised(emitted):
+        report.warnings.append(f"{missing} emitted as one operator, which this runtime computes piece by piece")
 
 
 def hold_sizes(report: Report, settings: Settings) -> None:
