@@ -222,6 +222,24 @@ def test_sizes_stay_symbolic_under_torch_export() -> None:
     assert exported.module()(torch.ones(7, 6))["y"].shape == (7, 2, 3)
 
 
+def test_what_is_made_of_sizes_goes_where_the_module_is() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model = ir.from_onnx_text("""<ir_version: 10, opset_import: ["" : 21]>
+    g (float[n, 6] x) => (float[n, 6] y)
+    <int64 zero = {0}, int64 one = {1}, float[6] w = {1, 2, 3, 4, 5, 6}>
+    {
+      s = Shape(x) n = Gather(s, one) r = Range(zero, n, one) f = Cast<to = 1>(r) a = Mul(x, f)
+      z = ConstantOfShape(s) b = Add(a, z) y = Mul(b, w)
+    }""")
+    module = to_torch(model)
+    with torch.no_grad(), FakeTensorMode():  # which refuses operands on two devices, without having any
+        for name, held in [*module.named_parameters(), *module.named_buffers()]:
+            kind = type(held) if isinstance(held, torch.nn.Parameter) else lambda made: made
+            setattr(module, name, kind(torch.empty(held.shape, dtype=held.dtype, device="cuda")))
+        assert module(torch.empty(3, 6, device="cuda"))["y"].device.type == "cuda"
+
+
 def test_missing_operators_are_named_at_once() -> None:
     model = ir.from_onnx_text("""<ir_version: 10, opset_import: ["" : 21, "my" : 1]>
     g (float[2] x) => (float[2] y) { [one] a = my.Thing(x) [two] b = NonMaxSuppression(a, a) y = my.Thing(b) }""")

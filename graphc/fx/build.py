@@ -144,6 +144,7 @@ class _Scope:
         self._made: dict[ir.Value, Any] = {}
         self._last: fx.Node = self.graph._root  # after which the next argument goes
         self._paths: dict[str, Any] = {}
+        self._where: Any = None
         self._calls: dict[tuple[str, str], Callable[..., Any]] = {}
 
     def inputs(self) -> dict[str, str]:
@@ -226,11 +227,13 @@ class _Scope:
         """Emit a node: the operator's own function where all kinds are known, else one that looks at run time."""
         kinds = [a.meta.get(_KIND) if isinstance(a, fx.Node) else HOST for a in arguments]
         certain = TENSOR in kinds or not operator.on_host
-        ready, direct = list(arguments), certain
+        ready, direct = list(arguments), TENSOR in kinds
         for i, (argument, kind) in enumerate(zip(arguments, kinds, strict=True)):
             if argument is None or i in operator.host or kind == TENSOR:
-                if i in operator.numbers and (number := self._number(argument)) is not None:
-                    ready[i] = number
+                if i in operator.host and (held := self._held(argument)) is not None:
+                    ready[i] = held.tolist()
+                elif i in operator.numbers and (held := self._held(argument)) is not None and not held.dim():
+                    ready[i] = held.item()
                 continue
             if certain and not isinstance(argument, fx.Node) and self._parent is None:
                 ready[i] = self._read(self._constants.computed("literal", as_tensor(argument)))
@@ -240,18 +243,27 @@ class _Scope:
             made = self.graph.call_function(operator.run, tuple(ready), attributes)
         else:
             call = self._calls.setdefault((node.domain, node.op_type), operator.bind(node.op_type))
-            made = self.graph.call_function(call, tuple(arguments), attributes)
+            where = {} if TENSOR in kinds else {"device": self._device()}
+            made = self.graph.call_function(call, tuple(arguments), attributes | where)
         made.meta["onnx"] = node.name
         made.meta["op"] = node.op_type
         made.meta[_KIND] = HOST if operator.sizes else TENSOR if certain else None
         return self._results(node, made, operator.many, made.meta[_KIND])
 
-    def _number(self, argument: Any) -> Any:
-        """The Python number that a constant without axes is, or None."""
+    def _held(self, argument: Any) -> torch.Tensor | None:
+        """The constant behind an argument, if it never changes."""
         if not isinstance(argument, fx.Node) or argument.op != "get_attr":
             return None
-        held = self._constants.values.get(str(argument.target))
-        return held.item() if held is not None and held.dim() == 0 else None
+        return self._constants.values.get(str(argument.target))
+
+    def _device(self) -> Any:
+        """Where the module is: that of a buffer without elements, which moves with it."""
+        if self._where is None:
+            if self._parent is not None:
+                self._where = self._capture(self._parent._device())
+            else:
+                self._where = self.graph.call_function(getattr, (self._read(self._constants.anchor()), "device"))
+        return self._where
 
     def _results(self, node: ir.Node, made: fx.Node, many: bool, kind: str | None) -> dict[ir.Value, Any]:
         if not many:
@@ -270,7 +282,7 @@ class _Scope:
         values = []
         for argument in arguments:
             if isinstance(argument, fx.Node):
-                held = self._constants.values.get(str(argument.target)) if argument.op == "get_attr" else None
+                held = self._held(argument)
                 if held is None or held.numel() > _FOLDED:
                     return False
                 values.append(held)

@@ -58,6 +58,7 @@ class Constants:
         self.root = torch.nn.Module()
         self.initializers: dict[str, str] = {}
         self.values: dict[str, torch.Tensor] = {}
+        self._anchor = ""
         self._names = {value: name for name, value in named(model)}
 
     def place(self, value: ir.Value) -> Any:
@@ -84,6 +85,12 @@ class Constants:
         path = self._register(name, data, trains=False, state=False)
         self.values[path] = data
         return path
+
+    def anchor(self) -> str:
+        """The path of a buffer without elements, which tells where the module is."""
+        if not self._anchor:
+            self._anchor = self._register("device", torch.empty(0), trains=False, state=False)
+        return self._anchor
 
     def _register(self, name: str, data: torch.Tensor, trains: bool, state: bool = True) -> str:
         """Place a tensor in the module at the dotted path of its name, and return the path as it became."""

@@ -85,19 +85,20 @@ class Operator:
     sizes: bool = False
 
     def bind(self, name: str) -> Callable[..., Any]:
-        """The function that stands in the torch.fx graph."""
+        """The function that stands in the torch.fx graph; ``device`` is where what is made of host values goes."""
 
-        def call(*inputs: Any, **attributes: Any) -> Any:
+        def call(*inputs: Any, device: Any = None, **attributes: Any) -> Any:
             if self.on_host and inputs and all(value is None or is_host(value) for value in inputs):
                 answer = self.on_host(*inputs, **attributes)
                 if answer is not NotImplemented:
-                    return answer
-            device = next((value.device for value in inputs if isinstance(value, torch.Tensor)), None)
+                    return answer.to(device) if isinstance(answer, torch.Tensor) and device else answer
+            device = next((value.device for value in inputs if isinstance(value, torch.Tensor)), device)
             ready = [
                 value if value is None else as_host(value) if i in self.host else as_tensor(value, device)
                 for i, value in enumerate(inputs)
             ]
-            return self.run(*ready, **attributes)
+            result = self.run(*ready, **attributes)
+            return result.to(device) if device and isinstance(result, torch.Tensor) else result
 
         call.__name__ = call.__qualname__ = name
         return call

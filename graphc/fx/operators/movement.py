@@ -110,7 +110,9 @@ def _expand(x: Tensor, shape: Any) -> Tensor:
     return x.reshape(have).expand([h if w == 1 else w for h, w in zip(have, want, strict=True)])
 
 
-def _pad(x: Tensor, pads: Any, value: Tensor | None = None, axes: Any = None, *, mode: str = "constant") -> Tensor:
+def _pad(
+    x: Tensor, pads: Any, value: Tensor | float | None = None, axes: Any = None, *, mode: str = "constant"
+) -> Tensor:
     rank = x.dim()
     amounts = as_list(pads)
     where = [a % rank for a in as_list(axes)] if axes is not None else list(range(rank))
@@ -119,7 +121,7 @@ def _pad(x: Tensor, pads: Any, value: Tensor | None = None, axes: Any = None, *,
         low[axis], high[axis] = amounts[i], amounts[i + len(where)]
     if mode == "constant":
         flat = [n for axis in reversed(range(rank)) for n in (low[axis], high[axis])]
-        fill = 0 if value is None else value.reshape(()).item()
+        fill = value.reshape(()).item() if isinstance(value, Tensor) else value or 0
         return F.pad(x, flat, value=fill)
     for axis in range(rank):
         if low[axis] or high[axis]:
@@ -197,7 +199,7 @@ OPERATORS: dict[str, Operator] = {
     "Expand": Operator(_expand, host=(1,)),
     "EyeLike": Operator(_eye_like),
     "Flatten": Operator(_flatten),
-    "Pad": Operator(_pad, host=(1, 3), fixed=(2,)),
+    "Pad": Operator(_pad, host=(1, 3), numbers=(2,), fixed=(2,)),
     "Range": Operator(_range, on_host=_range_host),
     "Reshape": Operator(_reshape, on_host=_reshape_host, host=(1,)),
     "Shape": Operator(_shape, sizes=True),
