@@ -138,6 +138,7 @@ def _optimize(commands: Any) -> None:
         "star; with options: 'ties{density=0.5}' (cat: their sum)",
     )
     passes = command.add_argument_group("options of passes, also settable in the recipe")
+    passes.add_argument("--ratio", type=float, metavar="PART", help="prune and others: the part to remove")
     passes.add_argument("--mask", metavar="FILE", help="prune: a safetensors file of booleans, true = keep")
     passes.add_argument(
         "--allow-interface", action="store_true", help="prune, shrink: inputs and outputs may get narrower"
@@ -270,6 +271,8 @@ def _settings(a: Any) -> Settings:
     from graphc.settings import Settings
 
     recipe = Recipe.parse(a.passes) if a.passes is not None else Recipe.named(a.recipe or a.preset or DEFAULT)
+    if a.ratio is not None:
+        recipe = recipe.with_option("ratio", a.ratio)
     if a.mask:
         recipe = recipe.with_option("mask", a.mask)
     if a.allow_interface:

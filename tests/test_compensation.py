@@ -22,6 +22,7 @@ from graphc.passes.shrink import Shrink
 from graphc.pipeline import optimize
 from graphc.pruning import compensation
 from graphc.pruning.compensation import Seen
+from graphc.recipe import Recipe
 from graphc.stats import Collector, Gram
 
 DATA = Path(__file__).parent / "data"
@@ -265,3 +266,33 @@ def test_budgets_are_met_to_one_unit(allocate: str, ratio: float) -> None:
         for n in ("a", "c")
     )
     assert abs(gone - ratio * 56) <= 1
+
+
+PRESETS = ["magnitude", "wanda-structured", "flap", "cfsp", "amp", "llm-pruner", "obs-ls", "darwin-search", "rd-dp"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets(preset: str) -> None:
+    """Each named method runs on a trained model, takes what it should, and leaves it far better than chance."""
+    if preset == "llm-pruner":
+        pytest.importorskip("torch")
+    with np.load(DATA / "fashion_mnist_2k.npz") as stored:
+        images = {k: ((stored[f"{k}_x"][:, None] / 255 - 0.286) / 0.353).astype(np.float32) for k in ("calib", "test")}
+        labels = {k: stored[f"{k}_y"].astype(np.int64) for k in ("calib", "test")}
+    cases = [({"image": images["calib"][i : i + 50]}, labels["calib"][i : i + 50]) for i in range(0, 200, 50)]
+    report = optimize(
+        DATA / "fmnist_vit_tiny.onnx",
+        recipe=Recipe.named(preset),
+        calibrate=cases,
+        data=[{"image": images["test"][:20]}],
+        cache=False,
+        measure=False,
+    )
+    assert report.ok, [p.error for p in report.passes]
+    assert report.model is not None
+    before = sum(v.const_value.size for v in ir.load(DATA / "fmnist_vit_tiny.onnx").graph.initializers.values())  # type: ignore[union-attr]
+    after = sum(v.const_value.size for v in report.model.graph.initializers.values())  # type: ignore[union-attr]
+    assert after < (0.95 if preset == "cfsp" else 0.85) * before
+    (scores,) = runtime.session(report.model, optimise=True).run({"image": images["test"]}).values()
+    assert (scores.argmax(axis=1) == labels["test"]).mean() > 0.5
