@@ -164,6 +164,7 @@ CRITERIA: dict[str, Criterion] = {
         curvature.obs,
         "what is lost when the rest makes up for it (group OBS: ZipLM, OSSCAR, DarwinLM)",
         curvature.needs,
+        scaled=True,
     ),
     "taylor": Criterion(
         taylor.scored(taylor.first), "|w g| (LLM-Pruner, param_first; needs torch)", taylor.needs, scaled=True

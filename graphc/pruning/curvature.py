@@ -56,11 +56,15 @@ def remove(weight: Array, inverse: Array, gone: Array) -> None:
 
 
 def obs(groups: Groups, group: Group, context: Context) -> Array | str:
-    """What each unit costs at the moment when it is the cheapest to remove, never less than those before it."""
+    """What each unit costs at the moment when it is the cheapest to remove, never less than those before it.
+
+    It is a part of the variance of all that its consumers give, so that layers of any scale can be compared.
+    """
     found = consumers(group)
     if not found:
         return obstacle(group)
     problems = [problem for each in found for problem in _problems(groups, group, each, context)]
+    whole = sum(_energy(each, context) for each in found) or 1.0
     shape = (*group.blocks, group.size)
     scores = np.zeros(int(np.prod(shape, dtype=np.int64)))
     left = np.arange(len(scores))
@@ -81,7 +85,15 @@ def obs(groups: Groups, group: Group, context: Context) -> Array | str:
                 columns = np.concatenate([blocks[unit] for unit in gone])
                 if len(columns):
                     remove(weight, inverse, columns)
-    return scores.reshape(shape)
+    return scores.reshape(shape) / whole
+
+
+def _energy(consumer: Consumer, context: Context) -> float:
+    """The variance of what a consumer gives, summed over outputs and rows."""
+    gram = context.statistics[consumer.contraction.gram]
+    matrices = consumer.matrices
+    centred = np.broadcast_to(gram.centred, (len(matrices), *gram.centred.shape[-2:]))
+    return float(sum(((weight @ each) * weight).sum() for weight, each in zip(matrices, centred, strict=True)))
 
 
 def _problems(
