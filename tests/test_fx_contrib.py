@@ -148,6 +148,14 @@ CASES: list[tuple[str, list[Any], dict[str, Any]]] = [
         ],
         {"domain": ""},
     ),
+    *(
+        (
+            "NonMaxSuppression",
+            [RNG.random((2, 30, 4), np.float32), RNG.random((2, 3, 30), np.float32), np.array(5), one(0.2), least],
+            {"domain": "", "center_point_box": centred},
+        )
+        for centred, least in ((0, one(0.3)), (1, None))
+    ),
     ("ConvInteger", [byte(1, 3, 5, 5), byte(4, 3, 3, 3), MID, MID], {"domain": ""}),
 ]
 
@@ -197,6 +205,22 @@ def test_caches_of_different_lengths_get_their_new_entries_each_in_its_place() -
         # Beyond the valid entries the runtime leaves anything.
         np.testing.assert_allclose(got[name].numpy()[0, :, :7], wanted[name][0, :, :7], rtol=0, atol=1e-5)
         np.testing.assert_allclose(got[name].numpy()[1, :, :4], wanted[name][1, :, :4], rtol=0, atol=1e-5)
+
+
+def test_sequences_inside_of_a_model() -> None:
+    model = ir.from_onnx_text("""<ir_version: 10, opset_import: ["" : 21]>
+    g (float[6, 2] x) => (float[m, 2] y, int64 n)
+    <int64[3] sizes = {1, 2, 3}, int64 last = {-1}>
+    {
+      s = SplitToSequence<axis = 0>(x, sizes) n = SequenceLength(s) a = SequenceAt(s, last)
+      t = SequenceInsert(s, a) u = SequenceErase(t, last) v = SequenceConstruct(a, a)
+      p = ConcatFromSequence<axis = 0>(u) q = ConcatFromSequence<axis = 0>(v) y = Concat<axis = 0>(p, q)
+    }""")
+    x = f(6, 2)
+    wanted = runtime.session(model, optimise=False, threads=1).run({"x": x})
+    got = to_torch(model)(torch.from_numpy(x))
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(got[name].numpy(), array)
 
 
 def test_group_norm_of_channels_last_images() -> None:

@@ -92,6 +92,9 @@ def _check(model: ir.Model) -> None:
             f"opset {opset} is too old for torch",
             hint="load it with graphc.frontends.onnx, which converts it",
         )
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.type is not None and not isinstance(value.type, ir.TensorType):
+            raise BadInput(f"'{value.name}' is no tensor", why="a torch module of a model takes and gives tensors only")
     missing: dict[str, str] = {}
     for node in edit.nodes(model):
         if label := _unknown(node):

@@ -20,14 +20,21 @@ Host = Any
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
+@dataclass(frozen=True)
+class Items:
+    """A sequence of tensors, which is no host value."""
+
+    values: Sequence[Tensor]
+
+
 def is_host(value: object) -> bool:
     """Whether a value is held in Python, not in a tensor."""
     return isinstance(value, (list, tuple, *_NUMBERS))
 
 
-def as_tensor(value: Any, device: Any = None) -> Tensor:
-    """A tensor of a host value: int64, float32 or bool; a tensor as it is."""
-    if isinstance(value, torch.Tensor):
+def as_tensor(value: Any, device: Any = None) -> Any:
+    """A tensor of a host value: int64, float32 or bool; a tensor or a sequence of them as it is."""
+    if isinstance(value, torch.Tensor | Items):
         return value
     items = list(value) if isinstance(value, list | tuple) else [value]
     # An empty host list is an empty list of sizes, never of floats.

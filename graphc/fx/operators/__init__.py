@@ -11,6 +11,7 @@ from graphc.fx.operators import (
     contrib,
     contrib_attention,
     contrib_quantisation,
+    detection,
     elementwise,
     grids,
     indexing,
@@ -18,6 +19,7 @@ from graphc.fx.operators import (
     movement,
     quantisation,
     recurrent,
+    sequences,
     signal,
     windows,
 )
@@ -26,6 +28,7 @@ from graphc.fx.operators import resize as resizing
 OPERATORS: dict[str, Operator] = {
     **algebra.OPERATORS,
     **attention.OPERATORS,
+    **detection.OPERATORS,
     **elementwise.OPERATORS,
     **grids.OPERATORS,
     **indexing.OPERATORS,
@@ -34,6 +37,7 @@ OPERATORS: dict[str, Operator] = {
     **quantisation.OPERATORS,
     **recurrent.OPERATORS,
     **resizing.OPERATORS,
+    **sequences.OPERATORS,
     **signal.OPERATORS,
     **windows.OPERATORS,
 }
