@@ -171,14 +171,19 @@ def _manifest(report: Report, written: Sequence[Path], folder: Path) -> dict[str
 
     begun: dict[str, Any] = json.loads((folder / files.MANIFEST).read_text(encoding="utf-8"))
     for name, part in report.parts.items():
-        begun["parts"][name] |= _interfaces(part)
+        begun["parts"][name] |= _interfaces(part) | _timings(part)
     return begun | {
-        **({} if report.parts else _interfaces(report)),
+        **({} if report.parts else _interfaces(report) | _timings(report)),
         "source": {"sha256": report.input["sha256"]},
         "recipe": report.recipe,
         "versions": versions(),
         "files": {p.name: file_hash(p) for p in sorted(written)},
     }
+
+
+def _timings(report: Report) -> dict[str, Any]:
+    """The hash of the timing table, where it decided something."""
+    return {"timings": report.timings} if report.timings else {}
 
 
 def _interfaces(report: Report) -> dict[str, Any]:

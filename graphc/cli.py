@@ -164,6 +164,9 @@ def _optimize(commands: Any) -> None:
     check.add_argument("--unchecked", action="store_true", help="run all passes even if nothing can be checked here")
     check.add_argument("--no-verify", action="store_true", help="skip all checks")
     check.add_argument("--no-measure", action="store_true", help="do not time input and output")
+    check.add_argument(
+        "--timings", type=Path, metavar="FILE", help="the timing table that decides in 'lower'; made if there is none"
+    )
     check.add_argument("--no-cache", action="store_true", help="neither read nor write the cache")
     _verbosity(command)
     command.add_argument("--why", action="store_true", help="list everything that did not apply, with its reason")
@@ -296,6 +299,7 @@ def _settings(a: Any) -> Settings:
         verify=not a.no_verify,
         measure=not a.no_measure,
         cache=not a.no_cache,
+        timings=a.timings,
         stop_after=a.stop_after or "",
         resume=a.resume,
         dry_run=a.dry_run,

@@ -111,7 +111,7 @@ class Needs:
     Attributes:
         statistics: Requests of ``graphc.stats``, e.g. ``GramOf("h.3.mlp.act")`` or ``GradientsOf("h.3.mlp.w")``.
         calibration: Whether samples are wanted: to probe losses on, or to collect more while the pass runs.
-        timings: Whether the timing table of the target is wanted.
+        timings: Whether ``Context.time`` is wanted.
     """
 
     statistics: frozenset[Request[Any]] = frozenset()
@@ -141,6 +141,23 @@ class Capabilities:
 
     def has_kernel(self, domain: str, operator: str, provider: str = "CPUExecutionProvider") -> bool:
         return (domain, operator, provider) in self.kernels
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Two ways to compute the same, to be timed against each other on the target.
+
+    Attributes:
+        signature: What is timed, in words: operators, dtypes, sizes. Equal signatures are timed once.
+        before: A model of the standard operators.
+        after: A model of what may take their place, with the same inputs.
+        inputs: Arrays for both.
+    """
+
+    signature: str
+    before: ir.Model
+    after: ir.Model
+    inputs: Arrays
 
 
 def no_progress(what: str, done: int, total: int) -> None:
@@ -175,7 +192,8 @@ class Context:
         data: Samples to check on given by the user, each a mapping from input name to array; empty if none.
         calibration: Samples that statistics and losses are taken from: the user's, or some made to fit.
         labels: What the outputs should be for them, one array a sample; empty if unknown.
-        timings: Measured seconds by operator signature, if asked for.
+        time: Gives the ratio after / before of the times of probes, by signature, if asked for; without one that may
+            not be measured.
         progress: ``progress(what, done, total)``; call it in loops that may exceed a second.
     """
 
@@ -189,7 +207,7 @@ class Context:
     data: Sequence[Arrays] = ()
     calibration: Sequence[Arrays] = ()
     labels: Sequence[np.ndarray[Any, Any]] = ()
-    timings: Mapping[str, float] = field(default_factory=dict)
+    time: Callable[[Sequence[Probe]], Mapping[str, float]] | None = None
     progress: Callable[[str, int, int], None] = no_progress
 
 

@@ -344,6 +344,8 @@ class _Work:
         Raises:
             CheckFailed: A pass was rolled back and ``strict`` was given, or a gate did not hold.
         """
+        from graphc import timings
+
         loaded, settings = self.loaded, self.settings
         recipe, done = _resumed(loaded, settings)
         now, later = _until(recipe, settings.stop_after)
@@ -360,6 +362,7 @@ class _Work:
             measurements=dict(loaded.measurements),
             warnings=done.warnings,
             notes=list(loaded.notes),
+            timings=timings.digest(done.timings),
             model=done.model,
         )
         if settings.strict and not report.ok:
@@ -374,6 +377,13 @@ class _Work:
             state = {"recipe": Recipe(later).text(), "done": done.to_json()}
             done.model.metadata_props[RESUME] = json.dumps(state, sort_keys=True)
         return report
+
+    def _timings_key(self) -> str:
+        """The hash of the timing table that is pinned, or the machine that is measured."""
+        from graphc import cache, timings
+
+        path = self.settings.timings
+        return cache.file_hash(path) if path is not None and path.is_file() else timings.machine()
 
     def try_out(self, report: Report, emitted: Path) -> None:
         """Try out what was emitted; see ``graphc.trial``."""
@@ -401,6 +411,7 @@ class _Work:
 
     def run(self, passes: Sequence[Pass], done: Done | None) -> Done:
         """Run passes on the loaded model, or on what was resumed; what is in the cache is not done again."""
+        from graphc import timings
         from graphc.cache import Store
 
         settings = self.settings
@@ -418,6 +429,7 @@ class _Work:
             note = "the passes ran and were checked earlier: taken from the cache (--no-cache runs them again)"
             known.warnings.append(note)
             return known
+        table = timings.Table(settings.timings, context.store, self.progress)
         runner = Runner(
             done or Done(self.loaded.original),
             checker=self.checker if settings.verify else None,
@@ -426,8 +438,10 @@ class _Work:
             context=context,
             calibration=lambda: self.calibration,
             unchecked=settings.unchecked or not settings.verify,
+            timings=table if context.target.name == "onnxruntime" else None,
         )
         runner.run(passes, load=None if done else self._load)
+        table.write()
         self.last = runner.last
         if store is not None:
             store.put(name, lambda folder: _remember(folder, runner.done))
@@ -467,6 +481,7 @@ class _Work:
             part=[self.loaded.name, self.settings.task, self.settings.kv_cache],
             settings=[self.settings.seed, self.settings.verify, self.settings.unchecked],
             adapters=self.settings.adapters.key(),
+            timings=self._timings_key(),
             versions=environment.versions(),
             code=cache.code_hash(),
         )

@@ -64,6 +64,7 @@ class Report:
         measurements: Whatever was timed: latency, ratio, spread.
         warnings: What the user should know.
         notes: How the input was made, where it was no ONNX model: how it was exported, what it was compared with.
+        timings: The hash of the measured times that decided between operators; "" if none did.
         model: The resulting model (not part of the JSON document).
         parts: Where the model is several graphs, the report of each, by name; ``input`` and ``output`` are then all of
             them together, and what passes did is said by part.
@@ -79,6 +80,7 @@ class Report:
     measurements: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    timings: str = ""
     model: ir.Model | None = field(default=None, repr=False, compare=False)
     parts: dict[str, Report] = field(default_factory=dict)
 
@@ -115,6 +117,8 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """The document, as plain data."""
         document = {k: v for k, v in vars(self).items() if k not in ("model", "passes", "parts")}
+        if not self.timings:
+            del document["timings"]
         parts = {"parts": {name: part.to_json() for name, part in self.parts.items()}} if self.parts else {}
         return {"schema": SCHEMA, **document, "passes": [p.to_json() for p in self.passes], **parts}
 

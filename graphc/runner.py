@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from graphc.contract import Context, Effect, Pass, PassResult, Refusal
+from graphc.contract import Context, Effect, Pass, PassResult, Probe, Refusal
 from graphc.errors import CheckFailed, GraphcError
 from graphc.gate import Gate, Judge
 from graphc.report import PassReport
@@ -35,6 +35,7 @@ class Done:
         rewrite: The worst check of exact passes so far, see ``Report.rewrite``.
         approximation: What the lossy passes cost so far, by metric.
         warnings: What the user should know.
+        timings: The ratios of times that decided, by signature.
     """
 
     model: ir.Model
@@ -42,6 +43,7 @@ class Done:
     rewrite: dict[str, Any] = field(default_factory=dict)
     approximation: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the model, as plain data."""
@@ -80,6 +82,7 @@ class Runner:
         unchecked: Whether all passes may run although nothing can be checked.
         calibration: Makes what collects the statistics that passes ask for; called when the first one asks.
         last: The checker that found ``done.model`` right, if one did.
+        timings: Times probes for passes that ask; None where nothing may be timed.
     """
 
     done: Done
@@ -90,6 +93,7 @@ class Runner:
     unchecked: bool = False
     calibration: Callable[[], Calibration] | None = None
     last: Checker | None = None
+    timings: Callable[[Sequence[Probe]], Mapping[str, float]] | None = None
 
     def run(self, passes: Sequence[Pass], load: Do | None = None) -> None:
         """Run passes in order; ``load`` is what the frontend does to the model as it came, checked like a pass."""
@@ -168,6 +172,8 @@ class Runner:
     def _informed(self, each: Pass, model: ir.Model) -> Context:
         """The context of a pass, with the statistics that it needs."""
         wanted = each.needs(model)
+        if wanted.timings and self.timings is not None:
+            self.context = dataclasses.replace(self.context, time=self._timed)
         if not (wanted.statistics or wanted.calibration) or self.calibration is None:
             return self.context
         calibration = self.calibration()
@@ -179,6 +185,13 @@ class Runner:
             calibration=calibration.samples,
             labels=calibration.labels,
         )
+
+    def _timed(self, probes: Sequence[Probe]) -> Mapping[str, float]:
+        """Ratios of the times of probes; what was used is kept for the manifest."""
+        assert self.timings is not None
+        found = self.timings(probes)
+        self.done.timings.update(found)
+        return found
 
     def _loaded(self, load: Do, original: ir.Model) -> Step:
         """What the frontend made of the model, or the model as it came where that could not be checked."""

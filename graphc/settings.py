@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graphc.adapters import Adapters
@@ -36,3 +37,4 @@ class Settings:
     stop_after: str = ""
     resume: bool = False
     dry_run: bool = False
+    timings: Path | None = None

@@ -1,0 +1,224 @@
+"""The forms: which standard operators ``com.microsoft`` has one operator for, and how that is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+
+from graphc import edit
+from graphc.recognition.graph import Graph
+from graphc.rewrites.base import Refused, sole_reader
+
+DOMAIN = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where a form fits.
+
+    Attributes:
+        form: The name of the form.
+        operator: The operator of ``com.microsoft``.
+        nodes: The standard operators, the last one first.
+        inputs: What the operator reads, None for what is left out.
+        outputs: Which value each of its outputs becomes, None for one that nobody reads.
+        attributes: Its attributes.
+    """
+
+    form: str
+    operator: str
+    nodes: tuple[ir.Node, ...]
+    inputs: tuple[ir.Value | None, ...]
+    outputs: tuple[ir.Value | None, ...]
+    attributes: dict[str, Any]
+
+
+def _skip_norm(node: ir.Node, graph: Graph) -> Site | None:
+    """A sum, normalised along its last axis."""
+    simple = node.op_type == "RMSNormalization"
+    total, scale = node.inputs[0], node.inputs[1]
+    add = total.producer() if total is not None else None
+    if add is None or total is None or not edit.is_op(add, "Add") or len(node.outputs) > 1:
+        return None
+    dims = graph.dims(total)
+    if dims is None or len(dims) != 3 or edit.attribute(node, "axis", -1) not in (-1, 2):
+        return None
+    if any(graph.dims(v) != dims for v in add.inputs):
+        raise Refused("what is added before the normalisation is broadcast")
+    if scale is None or graph.rank(scale) != 1:
+        return None
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    inputs = (*add.inputs, scale) if simple else (*add.inputs, scale, bias)
+    wanted = total if len(total.uses()) > 1 or total.is_graph_output() else None
+    return Site(
+        "skip-rms-norm" if simple else "skip-layer-norm",
+        "SkipSimplifiedLayerNormalization" if simple else "SkipLayerNormalization",
+        (node, add),
+        inputs,
+        (node.outputs[0], None, None, wanted),
+        {"epsilon": edit.attribute(node, "epsilon", 1e-5)},
+    )
+
+
+def _multi_head(node: ir.Node, graph: Graph) -> Site | None:
+    """Attention whose heads are attributes, as many of keys as of queries."""
+    heads = edit.attribute(node, "q_num_heads")
+    if heads is None or len(node.outputs) > 1 or len(node.inputs) > 4:
+        return None
+    if edit.attribute(node, "kv_num_heads") != heads:
+        raise Refused("keys have fewer heads than queries, which MultiHeadAttention has to repeat")
+    if edit.attribute(node, "softcap", 0.0) or edit.attribute(node, "is_causal", 0):
+        raise Refused("MultiHeadAttention has no soft cap, and its causal mask is another one")
+    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    if mask is not None and graph.dtype(mask) == ir.DataType.BOOL:
+        raise Refused("MultiHeadAttention adds its mask, and this one is boolean")
+    if mask is not None and graph.rank(mask) != 4:
+        return None
+    attributes = {"num_heads": heads}
+    scale = edit.attribute(node, "scale")
+    if scale is not None:
+        attributes["scale"] = scale
+    inputs = (*node.inputs[:3], None, None, mask) if mask is not None else tuple(node.inputs[:3])
+    return Site("multi-head-attention", "MultiHeadAttention", (node,), inputs, (node.outputs[0],), attributes)
+
+
+def _quick_gelu(node: ir.Node, graph: Graph) -> Site | None:
+    """``x * sigmoid(alpha * x)``."""
+    try:
+        product = sole_reader(node.outputs[0])
+    except Refused:
+        return None
+    if not edit.is_op(product, "Mul"):
+        return None
+    other = next((v for v in product.inputs if v is not node.outputs[0]), None)
+    inside, alpha = node.inputs[0], 1.0
+    nodes: tuple[ir.Node, ...] = (product, node)
+    scaled = inside.producer() if inside is not None else None
+    if inside is not other and edit.is_op(scaled, "Mul") and scaled is not None and len(scaled.outputs[0].uses()) == 1:
+        found = next((edit.scalar(v) for v in scaled.inputs if edit.scalar(v) is not None), None)
+        inside = next((v for v in scaled.inputs if edit.scalar(v) is None), None)
+        if found is None:
+            return None
+        alpha, nodes = float(found), (*nodes, scaled)
+    if inside is None or inside is not other:
+        return None
+    return Site("quick-gelu", "QuickGelu", nodes, (inside,), (product.outputs[0],), {"alpha": alpha})
+
+
+def _bias_gelu(node: ir.Node, graph: Graph) -> Site | None:
+    """A vector added before Gelu by Erf."""
+    source = node.inputs[0]
+    add = source.producer() if source is not None else None
+    if edit.attribute(node, "approximate", "none") != "none" or not edit.is_op(add, "Add") or add is None:
+        return None
+    if source is None or len(source.uses()) != 1 or source.is_graph_output():
+        return None
+    for bias, x in (tuple(add.inputs[:2]), tuple(reversed(add.inputs[:2]))):
+        held, dims = edit.tensor(bias), graph.dims(x)
+        if held is not None and dims and len(held.shape) == 1 and held.size == dims[-1] and graph.dims(source) == dims:
+            return Site("bias-gelu", "BiasGelu", (node, add), (x, bias), (node.outputs[0],), {})
+    return None
+
+
+FORMS: dict[str, tuple[tuple[str, ...], Callable[[ir.Node, Graph], Site | None]]] = {
+    "skip-rms-norm": (("RMSNormalization",), _skip_norm),
+    "skip-layer-norm": (("LayerNormalization",), _skip_norm),
+    "multi-head-attention": (("Attention",), _multi_head),
+    "quick-gelu": (("Sigmoid",), _quick_gelu),
+    "bias-gelu": (("Gelu",), _bias_gelu),
+}
+"""By name: the standard operators at which a form is tried, and what finds it."""
+
+
+def write(site: Site, graph: Graph) -> None:
+    """Put the operator in the place of the standard ones."""
+    last = site.nodes[0]
+    inside = set(site.nodes)
+    made = ir.node(
+        site.operator,
+        list(site.inputs),
+        dict(site.attributes),
+        domain=DOMAIN,
+        num_outputs=len(site.outputs),
+        name=last.name,
+        metadata_props=dict(last.metadata_props),
+    )
+    # In front of the first reader of what it gives: a sum may be read before it is normalised.
+    last_input = site.nodes[-1]
+    last_input.append(made)
+    for new, old in zip(made.outputs, site.outputs, strict=True):
+        if old is None:
+            new.name = ""
+            continue
+        new.type, new.shape = old.type, old.shape
+        name = old.name
+        if old.is_graph_output():
+            edit.replace(old, new)
+        else:
+            for use in [u for u in old.uses() if u.node not in inside and u.node is not made]:
+                use.node.replace_input_with(use.idx, new)
+            old.name, new.name = graph.fresh(f"{name}.replaced"), name
+        graph.note(new, old, graph.dims(old))
+    graph.sweep([v for n in site.nodes for v in n.outputs])
+    for node in site.nodes:
+        if node.graph is not None and not any(v.uses() or v.is_graph_output() for v in node.outputs):
+            graph.drop(node)
+
+
+_Written = tuple[str, str, Sequence[ir.Value | None], Sequence[ir.Value | None], dict[str, Any]]
+"""Operator, domain, inputs, outputs, attributes."""
+
+
+def models(site: Site, graph: Graph, sizes: Callable[[Any], int]) -> tuple[ir.Model, ir.Model]:
+    """The standard operators of a site, and the one operator, as two models with the same inputs.
+
+    Args:
+        site: The place.
+        graph: The graph that it is in.
+        sizes: Gives a number for each symbolic dim.
+    """
+    made = {v for node in site.nodes for v in node.outputs}
+    outer = list(dict.fromkeys(v for node in site.nodes for v in node.inputs if v is not None and v not in made))
+    wanted = [v for v in site.outputs if v is not None]
+
+    def build(written: Sequence[_Written]) -> ir.Model:
+        copies: dict[ir.Value, ir.Value] = {}
+        inputs: list[ir.Value] = []
+        initializers: list[ir.Value] = []
+        for value in outer:
+            held = edit.tensor(value)
+            copies[value] = ir.Value(
+                name=value.name,
+                type=ir.TensorType(graph.dtype(value) or ir.DataType.FLOAT),
+                shape=ir.Shape([sizes(dim) for dim in graph.dims(value) or ()]),
+                const_value=held,
+            )
+            (inputs if held is None else initializers).append(copies[value])
+        nodes = []
+        for operator, domain, reads, gives, attributes in written:
+            read = [None if v is None else copies[v] for v in reads]
+            node = ir.node(operator, read, attributes, domain=domain, num_outputs=len(gives))
+            for new, old in zip(node.outputs, gives, strict=True):
+                new.name = old.name if old is not None else ""
+                if old is not None:
+                    copies[old] = new
+            nodes.append(node)
+        for value in wanted:
+            copies[value].type = ir.TensorType(graph.dtype(value) or ir.DataType.FLOAT)
+        body = ir.Graph(
+            inputs,
+            [copies[v] for v in wanted],
+            nodes=nodes,
+            initializers=initializers,
+            opset_imports={"": graph.version, DOMAIN: 1},
+            name="probe",
+        )
+        return ir.Model(body, ir_version=10)
+
+    standard: list[_Written] = [
+        (n.op_type, n.domain, n.inputs, n.outputs, dict(n.attributes)) for n in reversed(site.nodes)
+    ]
+    return build(standard), build([(site.operator, DOMAIN, site.inputs, site.outputs, site.attributes)])

@@ -1,0 +1,135 @@
+"""How fast forms of operators are on this machine: measured once, kept, and pinned by a file if one is given."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from graphc.cache import Store, key
+from graphc.contract import Probe, no_progress
+from graphc.errors import BadInput
+
+SCHEMA = "graphc-timings/1"
+
+_SECONDS = 0.4
+"""Time spent on each pair of forms."""
+
+_DIGITS = 3
+
+
+class Table:
+    """Ratios of the time of one form to that of another, by signature.
+
+    Args:
+        pinned: A file. If it exists, its numbers are the only ones there are; if not, ``write`` makes it.
+        store: Where measurements are kept for the next run.
+        progress: ``progress(what, done, total)``.
+
+    Attributes:
+        used: Every ratio that was asked for and found.
+
+    Raises:
+        BadInput: The file is no timing table.
+    """
+
+    def __init__(
+        self,
+        pinned: Path | None = None,
+        store: Store | None = None,
+        progress: Callable[[str, int, int], None] = no_progress,
+    ) -> None:
+        self.used: dict[str, float] = {}
+        self._path, self._store, self._progress = pinned, store, progress
+        self._pinned = _read(pinned) if pinned is not None and pinned.exists() else None
+
+    def __call__(self, probes: Sequence[Probe]) -> Mapping[str, float]:
+        """The ratio after / before of each probe; one that is unknown and may not be measured is left out."""
+        found: dict[str, float] = {}
+        for number, probe in enumerate(probes):
+            self._progress("timing operators", number, len(probes))
+            if self._pinned is not None:
+                ratio = self._pinned.get(probe.signature)
+            else:
+                ratio = self._kept(probe.signature)
+                if ratio is None:
+                    ratio = self._measured(probe)
+            if ratio is not None:
+                found[probe.signature] = ratio
+        self.used.update(found)
+        return found
+
+    def write(self) -> None:
+        """Write the file, if one was named that did not exist."""
+        if self._path is not None and self._pinned is None and self.used:
+            from graphc.storage.files import write
+
+            document = {"schema": SCHEMA, "machine": machine(), "ratios": dict(sorted(self.used.items()))}
+            write(self._path, json.dumps(document, indent=2) + "\n")
+
+    def _kept(self, signature: str) -> float | None:
+        entry = self._store.get(_key(signature)) if self._store is not None else None
+        if entry is None:
+            return None
+        return float(json.loads((entry / "ratio.json").read_text(encoding="utf-8")))
+
+    def _measured(self, probe: Probe) -> float | None:
+        from graphc import runtime
+
+        try:
+            pair = {
+                "before": runtime.session(probe.before, optimise=True),
+                "after": runtime.session(probe.after, optimise=True),
+            }
+            timing = runtime.measure(pair, probe.inputs, seconds=_SECONDS, warmup=3)["after"]
+        except BadInput:
+            return None
+        # The upper quartile: faster must mean faster most of the time.
+        ratio = round(timing.ratio_high, _DIGITS)
+        if self._store is not None:
+            self._store.put(_key(probe.signature), lambda folder: _keep(folder, ratio))
+        return ratio
+
+
+def digest(used: Mapping[str, float]) -> str:
+    """The hash of the numbers that decided, for the manifest; "" if none did."""
+    return hashlib.sha256(json.dumps(sorted(used.items())).encode()).hexdigest() if used else ""
+
+
+def machine() -> str:
+    """The processor and how many of it, in words."""
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return f"{found[1] if found else platform.processor() or platform.machine()}, {os.cpu_count()} processors"
+
+
+def _keep(folder: Path, ratio: float) -> None:
+    (folder / "ratio.json").write_text(json.dumps(ratio), encoding="utf-8")
+
+
+def _key(signature: str) -> str:
+    from graphc import environment
+
+    return key(kind="timing", signature=signature, machine=machine(), versions=environment.versions())
+
+
+def _read(path: Path) -> dict[str, float]:
+    try:
+        document: Any = json.loads(path.read_text(encoding="utf-8"))
+        if document["schema"] != SCHEMA:
+            raise ValueError(f"its schema is '{document['schema']}', not '{SCHEMA}'")
+        return {str(name): float(ratio) for name, ratio in document["ratios"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BadInput(
+            "the file is no timing table",
+            where=str(path),
+            why=str(error),
+            hint="name a file that does not exist: what is measured is then written there",
+        ) from None

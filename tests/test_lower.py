@@ -1,0 +1,145 @@
+"""The pass ``lower``: every form before and after, and the timing table that decides."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from graphc import edit, runtime
+from graphc.cache import Store
+from graphc.cli import main
+from graphc.contract import Context, PassResult, Probe
+from graphc.errors import BadInput
+from graphc.passes.lower import Lower
+from graphc.timings import Table, digest
+from tests.test_fuse import build, numbers, operators, reasons
+from tests.test_recognise import CONTEXT, feeds, run
+from tests.test_recognise_attention import FRAGMENTS
+
+TARGET = dataclasses.replace(runtime.capabilities(), portable=False)
+
+
+def always(ratio: float) -> Context:
+    """A context in which every form is this fast, and every probe computes twice the same."""
+
+    def time(probes: Sequence[Probe]) -> Mapping[str, float]:
+        for probe in probes:
+            before, after = (
+                runtime.session(model, optimise=False, threads=1).run(probe.inputs)
+                for model in (probe.before, probe.after)
+            )
+            for name, array in before.items():
+                np.testing.assert_allclose(after[name], array, rtol=0, atol=1e-5)
+        return {probe.signature: ratio for probe in probes}
+
+    return dataclasses.replace(CONTEXT, target=TARGET, time=time)
+
+
+def lowered(model: ir.Model, ratio: float = 0.5, **options: object) -> tuple[ir.Model, PassResult]:
+    after = model.clone()
+    result = Lower(**options).run(after, always(ratio))
+    inputs = feeds(model)
+    wanted, found = run(model, inputs), run(after, inputs)
+    assert list(wanted) == list(found)
+    for name, array in wanted.items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-5)
+    return after, result
+
+
+ROWS = "float[B,S,8] x, float[B,S,8] z"
+CASES = [
+    ("a = Add(x, z) y = RMSNormalization(a, g)", ["SkipSimplifiedLayerNormalization"]),
+    ("a = Add(x, z) n = RMSNormalization(a, g) y = Add(n, a)", ["SkipSimplifiedLayerNormalization", "Add"]),
+    (
+        "a = Add(x, z) b = Relu(a) n = LayerNormalization(a, g, h) y = Mul(n, b)",
+        ["SkipLayerNormalization", "Relu", "Mul"],
+    ),
+    ("s = Sigmoid(x) y = Mul(x, s)", ["QuickGelu"]),
+    ("c = Mul(x, q) s = Sigmoid(c) y = Mul(s, x)", ["QuickGelu"]),
+    ("a = Add(x, h) y = Gelu(a)", ["BiasGelu"]),
+    ("y = Attention<q_num_heads=2, kv_num_heads=2, scale=0.4>(x, z, x)", ["MultiHeadAttention"]),
+]
+
+
+@pytest.mark.parametrize("body, expected", CASES)
+def test_each_form(body: str, expected: list[str]) -> None:
+    known = {"g": numbers(8, low=0.5, high=2), "h": numbers(8, seed=1), "q": np.float32(1.702)}
+    used = {name: array for name, array in known.items() if f"{name})" in body or f"{name}," in body.replace("x, ", "")}
+    model = build(body, x=ROWS, opset=23, **used)
+    after, result = lowered(model)
+    assert operators(after) == expected and result.changed
+    slow, result = lowered(model, ratio=1.0)
+    assert operators(slow) == operators(model)
+    assert all(reason.endswith("is not faster than what the session makes by itself") for reason in reasons(result))
+
+
+@pytest.mark.parametrize(
+    "body, reason",
+    [
+        ("y = Attention<q_num_heads=4, kv_num_heads=2>(x, k, k)", "keys have fewer heads than queries"),
+        ("y = Attention<q_num_heads=2, kv_num_heads=2, softcap=2.0>(x, z, x)", "MultiHeadAttention has no soft cap"),
+        ("a = Add(x, g) y = RMSNormalization(a, g)", "what is added before the normalisation is broadcast"),
+    ],
+)
+def test_what_does_not_fit(body: str, reason: str) -> None:
+    used = {"g": numbers(8)} if " g)" in body else {}
+    model = build(body, x=f"{ROWS}, float[B,S,4] k", opset=23, **used)
+    after, result = lowered(model)
+    assert operators(after) == operators(model)
+    assert reasons(result)[0].startswith(reason)
+
+
+def test_a_portable_target_keeps_the_standard_operators() -> None:
+    model = build("s = Sigmoid(x) y = Mul(x, s)", x=ROWS)
+    result = Lower().run(model, CONTEXT)
+    assert reasons(result) == ["only standard operators may be written: see portable=false of the target"]
+    untimed = dataclasses.replace(CONTEXT, target=TARGET)
+    assert reasons(Lower().run(model, untimed)) == ["nothing can be timed here"]
+
+
+def probe() -> Probe:
+    model = build("y = Relu(x)", x="float[2] x")
+    return Probe("relu(float[2])", model, model.clone(), {"x": np.zeros(2, np.float32)})
+
+
+def test_a_table_measures_once_and_is_pinned_by_its_file(tmp_path: Path) -> None:
+    store, path = Store(tmp_path / "cache"), tmp_path / "times.json"
+    table = Table(path, store)
+    (ratio,) = table([probe()]).values()
+    assert 0 < ratio < 100
+    table.write()
+    broken = dataclasses.replace(probe(), before=build("y = Relu(x)", x="float[3] x"))
+    assert Table(None, store)([broken]) == {probe().signature: ratio}
+    document = json.loads(path.read_text())
+    document["ratios"] = {probe().signature: 0.25}
+    path.write_text(json.dumps(document))
+    pinned = Table(path, store)
+    other = dataclasses.replace(probe(), signature="another")
+    assert pinned([probe(), other]) == {probe().signature: 0.25}
+    assert digest(pinned.used) == digest({probe().signature: 0.25}) != digest(table.used) and digest({}) == ""
+    path.write_text("{}")
+    with pytest.raises(BadInput, match="no timing table"):
+        Table(path, store)
+
+
+def test_the_manifest_names_what_decided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAPHC_CACHE_DIR", str(tmp_path / "cache"))
+    model = str(FRAGMENTS / "transformer-dynamo.onnx")
+    times, out = tmp_path / "times.json", tmp_path / "out"
+    command = ["optimize", model, "-o", str(out), "-p", "simplify,recognise,lower", "-q", "--no-measure"]
+    command += ["-t", "onnxruntime{portable=false}", "--timings", str(times)]
+    assert main(command) == 0
+    ratios = json.loads(times.read_text())["ratios"]
+    assert json.loads((out / "graphc.json").read_text())["timings"] == digest(ratios)
+    pinned = json.loads(times.read_text()) | {"ratios": dict.fromkeys(ratios, 0.5)}
+    times.write_text(json.dumps(pinned))
+    assert main(command) == 0
+    assert json.loads((out / "graphc.json").read_text())["timings"] == digest(pinned["ratios"])
+    written = ir.load(out / "model.onnx")
+    assert any(node.domain == "com.microsoft" for node in edit.nodes(written))
