@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 GENERATED = "trained on generated inputs: do not trust the quality; give samples of real data with --calibrate"
 
+_ROWS, _TOKENS = 32, 2048
+"""The rows of a step, and the most tokens that they may have together."""
+
 
 @dataclass(frozen=True)
 class Heal(Pass):
@@ -38,7 +41,9 @@ class Heal(Pass):
     steps: int = option(200, "Optimizer steps.")
     minutes: float = option(0.0, "Wall time after which it ends early; 0 is no limit.")
     learning_rate: float = option(0.0, "The highest learning rate; 0 is 1e-3 for all weights, else 3e-3.")
-    batch: int = option(32, "Rows a step; cases run one by one, and gradients add up, until there are as many.")
+    batch: int = option(
+        0, "Rows a step, run case by case with gradients added up; 0 is 32, or as many as have 2048 tokens."
+    )
     weights: Literal["all", "bias-norm", "lora"] = option(
         "all", "What is trained: all weights, biases and norms, or a product of low rank added to each matrix."
     )
@@ -64,7 +69,7 @@ class Heal(Pass):
 
     def __post_init__(self) -> None:
         where = "heal"
-        least = {"steps": 0, "minutes": 0, "learning_rate": 0, "batch": 1, "rank": 1, "hidden": 0, "taps": 0,
+        least = {"steps": 0, "minutes": 0, "learning_rate": 0, "batch": 0, "rank": 1, "hidden": 0, "taps": 0,
                  "labels": 0, "weight_decay": 0, "clip": 0, "patience": 0}  # fmt: skip
         for name, low in least.items():
             if not getattr(self, name) >= low:
@@ -162,7 +167,7 @@ class Heal(Pass):
             minutes=self.minutes,
             rate=self.learning_rate or (1e-3 if parts == "all" else 3e-3),
             warmup=self.warmup,
-            batch=self.batch,
+            batch=self.batch or _batch(samples[0]),
             decay=self.weight_decay,
             clip=self.clip,
             held_out=self.held_out,
@@ -221,6 +226,12 @@ def _tapped(model: ir.Model, names: Sequence[str]) -> ir.Model:
     made = {v.name: v for node in clone.graph for v in node.outputs}
     clone.graph.outputs.extend(made[name] for name in names)
     return clone
+
+
+def _batch(sample: Arrays) -> int:
+    """The rows of a step: fewer where each is a long text."""
+    length = max((a.shape[1] for a in sample.values() if a.ndim == 2 and a.dtype.kind in "iu"), default=1)
+    return max(1, min(_ROWS, _TOKENS // max(length, 1)))
 
 
 def _device(name: str) -> torch.device:

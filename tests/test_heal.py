@@ -22,7 +22,7 @@ from graphc.fx import to_torch  # noqa: E402
 from graphc.healing import points, training  # noqa: E402
 from graphc.healing.objective import Objective  # noqa: E402
 from graphc.healing.weights import Weights  # noqa: E402
-from graphc.passes.heal import GENERATED, Heal  # noqa: E402
+from graphc.passes.heal import GENERATED, Heal, _batch  # noqa: E402
 from graphc.passes.prune import Prune  # noqa: E402
 from graphc.passes.shrink import Shrink  # noqa: E402
 
@@ -272,6 +272,12 @@ def test_outputs_are_compared_as_what_they_hold(last: str, kind: str) -> None:
     assert distance(after, original) < distance(pruned(original), original)
 
 
+def test_long_texts_make_small_batches() -> None:
+    assert _batch({"image": np.zeros((16, 1, 28, 28), np.float32)}) == 32
+    assert _batch({"input_ids": np.zeros((1, 512), np.int64)}) == 4
+    assert _batch({"input_ids": np.zeros((1, 5000), np.int64)}) == 1
+
+
 def test_hidden_states_of_both_models_are_found() -> None:
     original = mlp()
     model = pruned(original)
@@ -301,7 +307,7 @@ def test_equal_distributions_have_no_distance() -> None:
     ("options", "message"),
     [
         ({"steps": -1}, "steps cannot be -1"),
-        ({"batch": 0}, "batch cannot be 0"),
+        ({"batch": -1}, "batch cannot be -1"),
         ({"temperature": 0}, "temperature cannot be 0"),
         ({"held_out": 1.0}, "held-out cannot be 1"),
         ({"learning_rate": float("nan")}, "learning-rate cannot be nan"),
