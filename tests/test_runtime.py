@@ -315,3 +315,33 @@ def test_measure_alternates_and_compares(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (found["b"].ratio_low, found["b"].ratio, found["b"].ratio_high) == (3, 3, 3)
     assert found["b"].provider == "clock"
     assert runtime.measure(runnables, {}, seconds=79.0)["a"].rounds == 10
+
+
+def test_transposed_and_small_mapped_weights_are_read_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transposed view is not lent as it lies in memory, and no small constant names a file elsewhere."""
+    monkeypatch.setattr(runtime, "BIG", 0)
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((96, 64), dtype=np.float32)
+    bias = rng.standard_normal(96, dtype=np.float32)
+    (tmp_path / "bias").write_bytes(bias.tobytes())
+    x = ir.Value(name="x", shape=ir.Shape([2, 64]), type=ir.TensorType(ir.DataType.FLOAT))
+    transposed = ir.Value(name="w", const_value=ir.Tensor(weight.T, name="w"))
+    mapped = ir.ExternalTensor(tmp_path / "bias", 0, bias.nbytes, ir.DataType.FLOAT, shape=ir.Shape([96]), name="b")
+    small = ir.Value(name="b", const_value=mapped)
+    product = ir.node("MatMul", [x, transposed])
+    result = ir.node("Add", [product.outputs[0], small])
+    result.outputs[0].name = "y"
+    result.outputs[0].type = x.type
+    graph = ir.Graph(
+        [x],
+        result.outputs,
+        nodes=[product, result],
+        initializers=[transposed, small],
+        opset_imports={"": 21},
+        name="g",
+    )
+    given = rng.standard_normal((2, 64), dtype=np.float32)
+    found = runtime.session(ir.Model(graph, ir_version=10), optimise=False).run({"x": given})["y"]
+    np.testing.assert_allclose(found, given @ weight.T + bias, rtol=1e-5, atol=1e-5)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from graphc import edit
@@ -90,6 +91,8 @@ def mapped(model: ir.Model, settings: Any, *, lend: bool) -> tuple[bytes, list[A
             if tensor.dtype == ir.DataType.STRING or not isinstance(holder, ir.Value) or not holder.name:
                 continue
             if tensor.nbytes <= INLINE:
+                if isinstance(tensor, ir.ExternalTensor):  # the runtime reads no files elsewhere
+                    holder.const_value = ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=holder.name)
                 continue
             if lend and _lendable(tensor) and names[holder.name] == 1:
                 array = tensor.numpy()
@@ -150,7 +153,10 @@ def _hoist_constant_nodes(model: ir.Model) -> None:
 
 def _lendable(tensor: ir.TensorProtocol) -> bool:
     """Whether the bytes exist already, in the layout that the runtime reads; types below a byte are packed there."""
-    return isinstance(tensor, ir.ExternalTensor | ir.Tensor) and tensor.dtype.bitwidth >= 8
+    if not isinstance(tensor, ir.ExternalTensor | ir.Tensor) or tensor.dtype.bitwidth < 8:
+        return False
+    # The runtime takes the memory of an array as it is: a transposed view would be read in the wrong order.
+    return isinstance(tensor, ir.ExternalTensor) or bool(tensor.numpy().flags.c_contiguous)
 
 
 def _write(tensor: ir.TensorProtocol, file: Any) -> None:
