@@ -96,7 +96,7 @@ IMAGES = {
     "flap + ls": "criterion=flap allocate=global compensate=ls",
     "wanda + ls": "criterion=wanda compensate=ls",
     "obs + ls": "criterion=obs compensate=ls",
-    "obs, per cost + ls": "criterion=obs normalise=none allocate=per-cost compensate=ls",
+    "obs, per cost + ls": "criterion=obs allocate=per-cost compensate=ls",
     "obs, knapsack + ls": "criterion=obs allocate=knapsack compensate=ls",
     "obs, evolution + ls": "criterion=obs allocate=evolution compensate=ls",
     "obs + ls, sequential": "criterion=obs compensate=ls sequential=true",
@@ -136,7 +136,7 @@ TEXT = {
     "flap + ls": "criterion=flap allocate=global compensate=ls",
     "wanda + ls": "criterion=wanda compensate=ls",
     "obs + ls": "criterion=obs compensate=ls",
-    "obs, per cost + ls": "criterion=obs normalise=mean allocate=per-cost compensate=ls",
+    "obs, per cost + ls": "criterion=obs allocate=per-cost compensate=ls",
 }
 
 

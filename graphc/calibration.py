@@ -37,6 +37,7 @@ class Calibration:
         model: ir.Model,
         given: Samples | None,
         settings: Settings,
+        providers: Sequence[str],
         progress: Callable[[str, int, int], None],
     ) -> Calibration:
         """The calibration of a run on the data given, or on inputs made to fit.
@@ -45,9 +46,10 @@ class Calibration:
             model: The model as it came.
             given: The data, if there is some.
             settings: The flags.
+            providers: The execution providers that start here; the first one runs the model.
             progress: ``progress(what, done, total)``.
         """
-        from graphc import cache, measure
+        from graphc import cache, measure, runtime
         from graphc.data import Samples
 
         notes = []
@@ -57,7 +59,8 @@ class Calibration:
         elif settings.calibrate is None or settings.data is None:
             notes.append(SAME)
         store = cache.Store() if settings.cache else None
-        return Calibration(Collector(given, given.labels, store=store, progress=progress), notes)
+        provider = next(iter(providers), runtime.CPU)
+        return Calibration(Collector(given, given.labels, provider, store, progress=progress), notes)
 
     @property
     def samples(self) -> Sequence[Arrays]:

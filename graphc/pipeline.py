@@ -336,7 +336,8 @@ class _Work:
         """What collects the statistics that passes ask for."""
         from graphc.calibration import Calibration
 
-        return Calibration.of(self.loaded.model, self.calibrating, self.settings, self.progress)
+        providers = self.settings.target.capabilities().providers
+        return Calibration.of(self.loaded.model, self.calibrating, self.settings, providers, self.progress)
 
     def report(self) -> Report:
         """Run the recipe, or what is left of it; what was done, without an output.

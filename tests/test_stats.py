@@ -322,6 +322,24 @@ class TestGradients:
         np.testing.assert_allclose(found[wanted[0]].total, total, rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(found[wanted[1]].products, gram, rtol=1e-3, atol=1e-6)
 
+    def test_the_loss_of_a_language_model_is_that_of_the_next_token(self) -> None:
+        pytest.importorskip("torch")
+        model = parse(
+            "g (int64[B,S] input_ids, int64[B,S] attention_mask) => (float[B,S,5] y)"
+            "<float[5,5] w> { y = Gather(w, input_ids) m = Cast<to=9>(attention_mask) }"
+        )
+        ids, mask = np.array([[1, 3, 0, 0], [4, 2, 2, 1]]), np.array([[1, 1, 1, 0], [1, 1, 1, 1]])
+        request = stats.GradientsOf("w")
+        found = Collector([{"input_ids": ids, "attention_mask": mask}]).collect(model, [request])[request]
+        w = model.graph.initializers["w"].const_value.numpy().astype(np.float64)  # type: ignore[union-attr]
+        expected = np.zeros((5, 5))
+        pairs = [(1, 3), (3, 0), (4, 2), (2, 2), (2, 1)]
+        for here, following in pairs:
+            p = np.exp(w[here]) / np.exp(w[here]).sum()
+            p[following] -= 1
+            expected[here] += p / len(pairs)
+        np.testing.assert_allclose(found.total, expected, rtol=1e-4, atol=1e-6)
+
     def test_labels_that_do_not_fit(self) -> None:
         pytest.importorskip("torch")
         with pytest.raises(BadInput, match="the labels have shape"):
