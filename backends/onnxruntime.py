@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphc.contract import Backend, Capabilities, Runnable, option
+from graphc.contract import Backend, Capabilities, Progress, Runnable, no_progress, option
 from graphc.errors import BadInput
 from graphc.storage import files
 
@@ -33,7 +33,7 @@ class OnnxRuntime(Backend):
     def capabilities(self) -> Capabilities:
         return _capabilities(self.portable)
 
-    def emit(self, model: ir.Model, folder: Path) -> Mapping[str, Any]:
+    def emit(self, model: ir.Model, folder: Path, *, progress: Progress = no_progress) -> Mapping[str, Any]:
         from graphc import model as models
         from graphc.storage.portable import portable
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphc import edit
 from graphc.cache import file_hash
+from graphc.contract import no_progress
 from graphc.errors import BadInput
 from graphc.model import nbytes, parameters, remove_stale
 from graphc.report import summed
@@ -18,6 +19,7 @@ from graphc.trial import hold_sizes
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from graphc.contract import Backend, Progress
     from graphc.report import Report
     from graphc.settings import Settings
 
@@ -32,12 +34,18 @@ def is_file(output: Path) -> bool:
     return output.suffix == ".onnx" and not output.is_dir()
 
 
-def check_output(source: Path, output: Path) -> None:
+def check_output(source: Path, output: Path, target: Backend) -> None:
     """Refuse an output that cannot work, before any work is done.
 
     Raises:
-        BadInput: It is the input, or lies where nothing can be written.
+        BadInput: It is the input, or lies where nothing can be written, or is a file where the target writes folders.
     """
+    if is_file(output) and not target.main.endswith(".onnx"):
+        raise BadInput(
+            f"target '{target.name}' writes a folder, not one file",
+            where=str(output),
+            hint=f"-o {output.with_suffix('')}/",
+        )
     if is_file(output):
         files.check_destination(output, (source,))
     elif output.exists() and source.exists() and output.samefile(source):
@@ -85,6 +93,7 @@ def place(
     try_out: Sequence[TryOut],
     beside: Mapping[str, Callable[[Path], None]],
     companions: Mapping[str, Callable[[Path], None]] | None = None,
+    progress: Progress = no_progress,
 ) -> None:
     """Emit the models of a report, have what was emitted tried out, and only then put it at ``output``.
 
@@ -97,6 +106,7 @@ def place(
         try_out: For the report, or for each of its parts.
         beside: Writers of further files, by name.
         companions: Writers of files for an artifact folder only, by name.
+        progress: ``progress(what, done, total)``.
 
     Raises:
         BadInput: The output cannot be written.
@@ -112,13 +122,13 @@ def place(
     single = is_file(output)
     make = files.staging if single or settings.dry_run else files.folder
     with make(output.absolute()) as staging:
-        emitted = _emit(report, staging, output, settings)
+        emitted = _emit(report, staging, output, settings, progress)
         for name, write in beside.items():
             write(staging / name)
         written = [p for p in staging.iterdir() if p.is_file() and p.name != files.MANIFEST]
         for (name, part), check in zip(each.items(), try_out, strict=True):
             assert part.model is not None
-            main = emitted if single else staging / f"{name}.onnx"
+            main = emitted if single else staging / (f"{name}.onnx" if report.parts else settings.target.main)
             stored = [main, *(p for p in written if p != main)]
             part.output = describe(part.model, () if report.parts else stored)
             part.output["path"] = "" if settings.dry_run else str(output / main.name if report.parts else output)
@@ -147,7 +157,7 @@ def write_depfile(path: Path, output: Path, inputs: Sequence[Path]) -> None:
     files.write(path, f"{names[0]}: \\\n" + " \\\n".join(f"  {name}" for name in names[1:]) + "\n")
 
 
-def _emit(report: Report, staging: Path, output: Path, settings: Settings) -> Path:
+def _emit(report: Report, staging: Path, output: Path, settings: Settings, progress: Progress) -> Path:
     """Write the output into ``staging``; return what a backend can load: the file, or the folder itself."""
     target = settings.target
     begun: dict[str, Any] = {"schema": SCHEMA, "target": target.spec()}
@@ -160,7 +170,7 @@ def _emit(report: Report, staging: Path, output: Path, settings: Settings) -> Pa
         if is_file(output):
             target.emit_file(report.model, staging / output.name)
             return staging / output.name
-        begun |= {"runtime": dict(target.emit(report.model, staging))}
+        begun |= {"runtime": dict(target.emit(report.model, staging, progress=progress))}
     _write_json(staging / files.MANIFEST, begun)
     return staging
 

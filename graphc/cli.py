@@ -18,6 +18,9 @@ from graphc.startup import prepare_process
 if TYPE_CHECKING:
     from graphc.settings import Settings
 
+_TARGET = ("shapes",)
+"""Flags that stand for an option of the target."""
+
 EPILOG = """\
 exit codes: 0 done, 1 a check or a gate failed, 2 bad input
 start here: graphc optimize model.onnx      what runs here: graphc doctor
@@ -103,7 +106,7 @@ def _optimize(commands: Any) -> None:
     which.add_argument("-p", "--passes", metavar="TEXT", help="a recipe as text: 'simplify,fuse{only=conv-bn}'")
     which.add_argument("-r", "--recipe", metavar="FILE", help="a recipe as a TOML file, or a shipped one's name")
     which.add_argument("--preset", metavar="NAME", help="a shipped recipe; see 'graphc list recipes'")
-    what.add_argument("-t", "--target", default="onnxruntime", metavar="TARGET", help="a backend (onnxruntime)")
+    what.add_argument("-t", "--target", default="onnxruntime", metavar="TARGET", help="onnxruntime (default) or tvm")
     what.add_argument("--stop-after", metavar="PASS", help="stop after this pass; --resume goes on from the output")
     what.add_argument("--resume", action="store_true", help="go on with a model written by --stop-after")
     what.add_argument("--seed", type=int, default=0, help="seed of everything random (0)")
@@ -143,6 +146,8 @@ def _optimize(commands: Any) -> None:
     passes.add_argument(
         "--allow-interface", action="store_true", help="prune, shrink: inputs and outputs may get narrower"
     )
+    target = command.add_argument_group("options of targets, also settable as in -t 'tvm{threads=2}'")
+    target.add_argument("--shapes", nargs="+", metavar="NAME=SIZE", help="tvm: sizes of dynamic dimensions: batch=1,8")
     check = command.add_argument_group("checks and limits")
     check.add_argument(
         "--data",
@@ -286,7 +291,7 @@ def _settings(a: Any) -> Settings:
     return Settings(
         recipe=recipe,
         recipe_given=bool(a.passes is not None or a.recipe or a.preset),
-        target=parse_backend(a.target),
+        target=parse_backend(a.target, {name: value for name in _TARGET if (value := getattr(a, name)) is not None}),
         adapters=Adapters.of(a.adapter, a.adapter_mode, a.adapter_combine),
         task=a.task,
         kv_cache=a.kv_cache,
@@ -335,8 +340,8 @@ def _run_optimize(a: Any) -> int:
     from graphc.pipeline import default_output, run
     from graphc.views.progress import bar
 
-    output = a.output or default_output(a.model)
-    check_output(a.model, output)
+    output = a.output or default_output(a.model, settings.target)
+    check_output(a.model, output, settings.target)
     with bar(a.quiet or a.json) as progress:
         progress("loading", 0, 0)
         report = run(

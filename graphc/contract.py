@@ -160,6 +160,10 @@ class Probe:
     inputs: Arrays
 
 
+Progress = Callable[[str, int, int], None]
+"""Called as ``progress(what, done, total)``; a total of 0 means that it is not known."""
+
+
 def no_progress(what: str, done: int, total: int) -> None:
     """The progress callback that shows nothing."""
 
@@ -253,6 +257,9 @@ class Runnable(abc.ABC):
     provider: str
     """What really runs it, e.g. ``"CPUExecutionProvider"``."""
 
+    shapes: tuple[Mapping[str, tuple[int, ...]], ...] = ()
+    """The shapes of inputs, by name, for which it was compiled; empty if it takes all that the model does."""
+
     @abc.abstractmethod
     def run(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         """Compute all outputs, by name."""
@@ -262,18 +269,35 @@ class Runnable(abc.ABC):
 class Backend(abc.ABC):
     """Turns a model into an artifact on disk, and an artifact into something that runs."""
 
+    main: ClassVar[str] = "model.onnx"
+    """The file of an artifact folder that holds the model."""
+    when_slower: ClassVar[str] = ""
+    """What to do about an output that is slower than the input model in ONNX Runtime."""
+
     @property
     def name(self) -> str:
         """The name on the command line: the file's, with hyphens."""
         return type(self).__module__.rpartition(".")[2].replace("_", "-")
+
+    def check(self, model: ir.Model) -> None:  # noqa: B027  most have nothing to refuse
+        """Refuse, before any work, a model that cannot be emitted, or options that cannot be used here.
+
+        Raises:
+            BadInput: All that is in the way, with what to do.
+        """
 
     @abc.abstractmethod
     def capabilities(self) -> Capabilities:
         """What the target can run."""
 
     @abc.abstractmethod
-    def emit(self, model: ir.Model, folder: Path) -> Mapping[str, Any]:
+    def emit(self, model: ir.Model, folder: Path, *, progress: Progress = no_progress) -> Mapping[str, Any]:
         """Write everything that the artifact needs to run into ``folder``, which exists and is empty.
+
+        Args:
+            model: What to emit.
+            folder: Where.
+            progress: ``progress(what, done, total)``.
 
         Returns:
             What the artifact needs of its runtime (session options, say), for the manifest.

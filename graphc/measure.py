@@ -109,27 +109,43 @@ def bench(
     Raises:
         BadInput: A model does not load, or does not run with the inputs.
     """
-    from graphc import frontends
+    from graphc import compiled, frontends
     from graphc.data import load
 
     progress("loading", 0, len(models))
-    loaded = [each if isinstance(each, frontends.Source) else frontends.load(each) for each in models]
+    targets = [None if isinstance(each, frontends.Source) else compiled.backend(Path(each)) for each in models]
+    loaded: list[Source | Path] = [
+        each if target or isinstance(each, frontends.Source) else frontends.load(each)
+        for each, target in zip(models, targets, strict=True)
+    ]
+    if not isinstance(loaded[0], frontends.Source):
+        raise BadInput(
+            "the first model is compiled: no inputs can be made for it",
+            where=str(models[0]),
+            hint="name the model that it was made from first",
+        )
     first = loaded[0].original
-    arrays = load(data, first)[0] if data is not None else sample(first)
-    labels = [f"{i}:{each.path}" for i, each in enumerate(loaded)]
+    paths = [each.path if isinstance(each, frontends.Source) else each for each in loaded]
+    labels = [f"{i}:{path}" for i, path in enumerate(paths)]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        files = [each.files[0] if each.files else _stored(each, Path(folder) / str(i)) for i, each in enumerate(loaded)]
+        files = [_file(each, Path(folder) / str(i)) for i, each in enumerate(loaded)]
         runnables: dict[str, Runnable] = {}
-        for label, path in zip(labels, files, strict=True):
-            runnables[label] = runtime.session(path, optimise=True, provider=provider, threads=threads)
+        for label, path, target in zip(labels, files, targets, strict=True):
+            if target is not None:
+                runnables[label] = target.load(path)
+                # What is compiled takes no other sizes.
+                first = compiled.reference(first, runnables[label])
+            else:
+                runnables[label] = runtime.session(path, optimise=True, provider=provider, threads=threads)
+        arrays = load(data, first)[0] if data is not None else sample(first)
         progress("timing", 0, 0)
         times = timing.measure(runnables, arrays, seconds=seconds)
         for i, (label, path) in enumerate(zip(labels, files, strict=True)):
             progress("measuring memory", i, len(models))
             memory = timing.peak_memory(path, arrays, provider=provider, threads=threads)
             measured = {"memory": memory.peak, "anonymous": memory.anonymous}
-            rows.append({"model": str(loaded[i].path), **asdict(times[label]), **measured})
+            rows.append({"model": str(paths[i]), **asdict(times[label]), **measured})
     return {
         "schema": "graphc-bench/1",
         "models": rows,
@@ -139,7 +155,11 @@ def bench(
     }
 
 
-def _stored(source: Source, folder: Path) -> Path:
-    """The file of a model that was only in memory."""
+def _file(source: Source | Path, folder: Path) -> Path:
+    """The file to load: a compiled artifact's folder, a model's own, or a new one if it was only in memory."""
+    if isinstance(source, Path):
+        return source
+    if source.files:
+        return source.files[0]
     folder.mkdir()
     return save(source.original, folder / "model.onnx")[0]

@@ -119,19 +119,27 @@ def verify(
     Raises:
         BadInput: A model or the data cannot be read.
     """
+    from graphc import compiled, frontends
     from graphc import data as samples
-    from graphc import frontends
     from graphc.checking import Checker
 
-    a, b = (each if isinstance(each, frontends.Source) else frontends.load(each) for each in (reference, candidate))
+    a = reference if isinstance(reference, frontends.Source) else frontends.load(reference)
     given = samples.load(data, a.original) if data is not None else ()
+    if not isinstance(candidate, frontends.Source) and (target := compiled.backend(Path(candidate))) is not None:
+        runnable = target.load(Path(candidate), frugal=True)
+        return compiled.compare(a.original, runnable, data=given, seed=seed, progress=progress)
+    b = candidate if isinstance(candidate, frontends.Source) else frontends.load(candidate)
     return Checker(a.original, data=given, seed=seed, progress=progress).compare(b.original)
 
 
-def default_output(source: Path) -> Path:
+def default_output(source: Path, target: Backend) -> Path:
     """``model.opt.onnx`` beside ``model.onnx`` and ``model.pt2``; ``folder.opt.onnx`` beside a folder; ``folder.opt/``
-    for a Hugging Face model, which goes with its tokenizer; ``name.opt.onnx`` here for ``package.module:name``."""
+    for a Hugging Face model, which goes with its tokenizer; ``name.opt.onnx`` here for ``package.module:name``. Targets
+    that write no ONNX file: ``model.tvm/``."""
     from graphc.frontends import hf
+
+    if not target.main.endswith(".onnx"):
+        return source.with_name(f"{source.stem if source.suffix == '.onnx' else source.name}.{target.name}")
 
     if hf.knows(source):
         name = str(source).removeprefix(hf.HUB).replace("/", "-") if str(source).startswith(hf.HUB) else source.name
@@ -166,7 +174,7 @@ def run(
     for written in filter(None, (report_file, depfile)):
         check_destination(written)
     if output is not None:
-        artifact.check_output(source if isinstance(source, Path) else source.path, output)
+        artifact.check_output(source if isinstance(source, Path) else source.path, output, settings.target)
     progress("loading", 0, 0)
     loaded = _load(source, settings) if isinstance(source, Path) else source
     if loaded.others and any(getattr(each, "allow_interface", False) for each in settings.recipe.passes):
@@ -183,6 +191,8 @@ def run(
             why=", ".join(part.name for part in loaded.parts),
             hint=f"give a folder: -o {output.with_suffix('')}/",
         )
+    for part in loaded.parts:
+        settings.target.check(part.model)
     described = [_described(part, alone=not loaded.others) for part in loaded.parts]
     stored = loaded.files
     loaded = _adapted(loaded, settings, progress)
@@ -199,7 +209,7 @@ def run(
     read = [*loaded.files, *loaded.depends, *inputs, *recipe.files()]
     files = [*read, *_files(settings.data), *_files(settings.calibrate)]
     beside = {name: write for work in works for name, write in work.loaded.beside.items()}
-    artifact.place(report, output, settings, [work.try_out for work in works], beside, loaded.companions)
+    artifact.place(report, output, settings, [work.try_out for work in works], beside, loaded.companions, progress)
     if depfile is not None and output is not None and not settings.dry_run:
         artifact.write_depfile(depfile, output, files)
     if report_file is not None:

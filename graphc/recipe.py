@@ -125,13 +125,25 @@ def specs(text: str) -> list[tuple[str, dict[str, Any]]]:
     return list(_Parser(text).specs())
 
 
-def parse_backend(text: str) -> Backend:
-    """Read a target: ``name{option=value ...}`` of a backend."""
+def parse_backend(text: str, flags: Mapping[str, Any] | None = None) -> Backend:
+    """Read a target: ``name{option=value ...}`` of a backend.
+
+    Args:
+        text: The target.
+        flags: Options that flags of the command line stand for, with their values; they win over the text.
+
+    Raises:
+        BadInput: There is no such backend or option, or it cannot take the value.
+    """
     parsed = specs(text)
     if len(parsed) != 1:
         raise BadInput("a target is one backend", where=repr(text), hint="e.g. -t onnxruntime")
     name, options = parsed[0]
-    return build(registry.backend_class(name), name, options)
+    cls = registry.backend_class(name)
+    for flag in flags or ():
+        if flag not in (f.name for f in dataclasses.fields(cls)):
+            raise BadInput(f"--{flag} has no effect", why=f"target '{name}' has no option '{flag}'")
+    return build(cls, name, {**options, **(flags or {})})
 
 
 def options(text: str) -> dict[str, Any]:

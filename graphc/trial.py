@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from graphc import measure
+from graphc import compiled, measure
 from graphc.contract import Arrays, Runnable, no_progress
 from graphc.errors import BadInput, CheckFailed
 from graphc.gate import Gate
@@ -60,7 +60,7 @@ def try_out(
     try:
         loaded = settings.target.load(emitted, frugal=not timed)
         if settings.verify:
-            _compare(loaded, checker(), source, report)
+            _compare(loaded, checker, source, report, samples)
         if timed:
             progress("reading back", 0, 0)
             _read_back(emitted, settings, report)
@@ -94,11 +94,24 @@ def hold_sizes(report: Report, settings: Settings) -> None:
             _hold(gate, report.output["bytes"], report.input["bytes"], size)
 
 
-def _compare(loaded: Runnable, checker: Checker, source: Source, report: Report) -> None:
-    verdict = checker.compare(loaded, optimise=True)
+def _compare(
+    loaded: Runnable, checker: Callable[[], Checker], source: Source, report: Report, samples: Sequence[Arrays]
+) -> None:
+    assert report.model is not None
+    if loaded.shapes:
+        verdict = compiled.compare(report.model, loaded, data=compiled.fitting(samples, loaded))
+        if not verdict.ok:
+            raise CheckFailed(
+                "what was compiled computes something else; nothing was written",
+                why=verdict.why,
+                hint="-t onnxruntime; and please report this as a defect of graphc, with the model if you may",
+            )
+        return
+    judge = checker()
+    verdict = judge.compare(loaded, optimise=True)
     if verdict.ok:
         return
-    own = checker.compare(source.original, optimise=True)
+    own = judge.compare(source.original, optimise=True)
     if own.ok:
         raise CheckFailed(
             "what was emitted computes something else when the runtime optimises it; nothing was written",
@@ -119,7 +132,8 @@ def _time(
     latency: Sequence[Gate],
 ) -> None:
     assert report.model is not None
-    sample = samples[0] if samples else measure.sample(report.model, settings.seed)
+    fitting = compiled.fitting(samples, loaded)
+    sample = fitting[0] if fitting else measure.sample(compiled.reference(report.model, loaded), settings.seed)
     found = measure.against(source.original, loaded, sample)
     if found is None:
         if latency:
@@ -132,6 +146,7 @@ def _time(
         report.warnings.append(
             f"the output is slower than the input here: {found['ratio']:.2f}x "
             f"({found['ratio_low']:.2f} to {found['ratio_high']:.2f})"
+            + (f": {settings.target.when_slower}" if settings.target.when_slower else "")
         )
 
 

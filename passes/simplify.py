@@ -6,12 +6,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from graphc import edit, shapes
 from graphc.contract import Context, Effect, Pass, PassResult, option
-from graphc.simplification import chains, constants, dead, inlining, noops, recurrent, scopes, sizes
-from graphc.simplification.sweep import Sweep
-
-_MOST_SWEEPS = 10
+from graphc.simplification import whole
 
 
 @dataclass(frozen=True)
@@ -38,7 +34,6 @@ class Simplify(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         result = PassResult()
-        scopes.prepare(model)
         if self.freeze_initializers:
             result.change("initializer dropped from the inputs", _freeze(model))
         else:
@@ -48,28 +43,7 @@ class Simplify(Pass):
                         value,
                         "an initializer that is also an input may be overridden: see freeze-initializers",
                     )
-        if ctx.checkable:
-            functions = inlining.inline_functions(model)
-            if functions:
-                # The bodies bring names along.
-                scopes.prepare(model)
-            result.change("function inlined", functions)
-            result.change("duplicate initializer merged", constants.share(model))
-        made = constants.Constants(model, int(self.growth * 1e6))
-        rules = [noops.RULES, chains.RULES, sizes.RULES, recurrent.RULES] if ctx.checkable else [noops.RULES]
-        for done in range(_MOST_SWEEPS):
-            ctx.progress("simplify", done, _MOST_SWEEPS)
-            sweep = Sweep(model, result, rules, compute=ctx.checkable, constants=made)
-            changed = sweep.run()
-            if not dead.remove(model, result) and not changed:
-                break
-        if ctx.checkable:
-            result.change("duplicate initializer merged", constants.share(model))
-        shapes.annotate(model, sweep.facts)
-        # Bodies that took the place of their node may have brought names that were taken outside.
-        edit.rename_duplicate_nodes(model)
-        for node, reason in sweep.refusals:
-            result.refuse(node, reason)
+        whole.simplify(model, result, compute=ctx.checkable, growth=int(self.growth * 1e6), progress=ctx.progress)
         return result
 
 

@@ -58,6 +58,12 @@ def locate(path: Path) -> Path:
                 why=", ".join(p.name for p in parts),
                 hint=f"name one: {parts[0]}",
             )
+        if not (path / "model.onnx").is_file() and list(path.glob("*.so")):
+            raise BadInput(
+                "the artifact is compiled: there is no graph in it",
+                where=str(path),
+                hint="give the model that it was made from",
+            )
         if not (path / "model.onnx").is_file():
             raise BadInput(
                 "the artifact is incomplete",

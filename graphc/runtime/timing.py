@@ -120,7 +120,7 @@ def peak_memory(
     """Load a model in a process of its own, run it once, and say what memory that took.
 
     Args:
-        model: An ONNX file.
+        model: An ONNX file, or a compiled artifact.
         inputs: Arrays by input name; no strings.
         optimise, frugal, provider, options, threads: See ``graphc.runtime.session``.
 
@@ -169,7 +169,10 @@ def child(job: str) -> None:
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    session = runtime.session(Path(path), **settings)
+    from graphc import compiled
+
+    target = compiled.backend(Path(path))
+    session = target.load(Path(path)) if target else runtime.session(Path(path), **settings)
     session.run(inputs)
     anonymous[0] = max(anonymous[0], _status("RssAnon"))
     stop.set()

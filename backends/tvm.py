@@ -1,0 +1,93 @@
+"""TVM: machine code in a shared library, with the weights beside it and no runtime but a small library."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files as resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from graphc.contract import Arrays, Backend, Capabilities, Progress, Runnable, no_progress, option
+from graphc.errors import BadInput
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+OPSET = 21
+"""The working opset; what is newer is brought back to it, or replaced by simpler operators."""
+
+
+@dataclass(frozen=True)
+class Tvm(Backend):
+    """Machine code that needs no ONNX runtime, compiled by Apache TVM for a processor or for CUDA.
+
+    Sizes are fixed: each combination given with --shapes is compiled. The artifact runs with numpy and apache-tvm-ffi,
+    or from C++. The
+    report has the speed against ONNX Runtime.
+    """
+
+    main: ClassVar[str] = "model.so"
+    when_slower: ClassVar[str] = "-t onnxruntime is faster here"
+
+    target: str = option("x86-64-v3", "the processor: x86-64-v3, native, another one as LLVM names it, or cuda")
+    shapes: tuple[str, ...] = option((), "sizes of dynamic dimensions: batch=1,8; all combinations are compiled")
+    threads: int = option(0, "cores that the code is laid out for; 0 means those of this machine")
+    arch: tuple[str, ...] = option(("sm_80", "sm_90"), "for cuda: the architectures to compile for")
+    runtime: bool = option(True, "put TVM's runtime library into the artifact")
+
+    def __post_init__(self) -> None:
+        if self.threads < 0:
+            raise ValueError("threads cannot be negative")
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities("tvm", max_ir=10, max_opset={"": OPSET})
+
+    def check(self, model: ir.Model) -> None:
+        from graphc.tvm import emit, targets
+
+        targets.resolve(self.target, self.threads, self.arch[0])
+        emit.lowered(model, self.shapes)
+
+    def emit(self, model: ir.Model, folder: Path, *, progress: Progress = no_progress) -> Mapping[str, Any]:
+        from graphc.tvm import emit, install, targets
+
+        target = targets.resolve(self.target, self.threads, self.arch[0])
+        needs = emit.emit(model, folder, target, self.shapes, progress)
+        if self.runtime and (library := install.library()) is not None:
+            shutil.copyfile(library, folder / library.name)
+        parts = {"run.py": "serve.py", "main.cc": "cpp/main.cc", "CMakeLists.txt": "cpp/CMakeLists.txt"}
+        for name, source in parts.items():
+            (folder / name).write_text((resources("graphc.tvm") / source).read_text(encoding="utf-8"), "utf-8")
+        return needs
+
+    def load(self, path: Path, *, frugal: bool = False) -> Runnable:
+        from graphc.tvm import install
+
+        install.versions()
+        from graphc.tvm import serve
+
+        try:
+            return Loaded(serve.Model(path))
+        except (OSError, ValueError, KeyError) as error:
+            raise BadInput("cannot load the artifact", where=str(path), why=str(error), hint="make it again") from None
+
+
+class Loaded(Runnable):
+    """A compiled artifact that runs in this process."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.provider = f"TVM ({model.device})"
+        self.shapes = tuple({v["name"]: tuple(v["shape"]) for v in bucket["inputs"]} for bucket in model.buckets)
+
+    def run(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        try:
+            outputs: dict[str, np.ndarray[Any, Any]] = self._model.run(inputs)
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise BadInput(
+                "the compiled model does not run with these inputs", where=str(self._model.folder), why=str(error)
+            ) from None
+        return outputs

@@ -1,0 +1,96 @@
+"""Writes a compiled artifact: a library for each combination of sizes, the weights they share, data to check with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from graphc import runtime
+from graphc.checking import inputs
+from graphc.contract import Arrays, PassResult, Progress
+from graphc.errors import BadInput
+from graphc.shapes import fix
+from graphc.simplification import whole
+from graphc.tvm import build, importer, lower, schedule
+
+
+def emit(
+    model: ir.Model,
+    folder: Path,
+    target: Any,
+    shapes: Sequence[str],
+    progress: Progress,
+) -> Mapping[str, Any]:
+    """Compile a model into ``folder``; returns what :mod:`graphc.tvm.serve` needs to run it.
+
+    Args:
+        model: Any model whose operators TVM takes once its sizes are fixed.
+        folder: An empty folder.
+        target: A TVM target.
+        shapes: The sizes of dynamic dimensions, see ``graphc.shapes.fix.buckets``.
+        progress: ``progress(what, done, total)``.
+
+    Raises:
+        BadInput: A dynamic dimension has no size, an operator cannot be taken, or the compiler failed.
+    """
+    progress("lowering", 0, 0)
+    models = lowered(model, shapes)
+    weights, parity = build.TensorFile(folder / "weights.bin"), build.TensorFile(folder / "parity.bin")
+    described = []
+    for number, (each, static, simple) in enumerate(models):
+        progress("compiling", number, len(models))
+        module = build.prepare(importer.to_relax(simple), target)
+        module, held = build.detach(schedule.schedule(module, target))
+        library = "model.so" if number == 0 else f"model.{number}.so"
+        build.link(module, target, folder / library)
+        bucket: dict[str, Any] = {
+            "library": library,
+            "sizes": dict(each),
+            "inputs": [_interface(value) for value in simple.graph.inputs],
+            "outputs": [value.name for value in simple.graph.outputs],
+            "weights": [weights.add(array) for array in held],
+        }
+        if known := _known(static):
+            bucket["parity"] = [{name: parity.add(array) for name, array in part.items()} for part in known]
+        described.append(bucket)
+    weights.close()
+    parity.close()
+    return {
+        "device": "cuda" if target.kind.name == "cuda" else "cpu",
+        "buckets": described,
+        "data": {"weights.bin": weights.tensors, "parity.bin": parity.tensors},
+    }
+
+
+def lowered(model: ir.Model, shapes: Sequence[str]) -> list[tuple[fix.Sizes, ir.Model, ir.Model]]:
+    """For each combination of sizes: the sizes, the model with them, and the same in operators that TVM takes.
+
+    Raises:
+        BadInput: A dynamic dimension has no size, or operators cannot be taken.
+    """
+    found: list[tuple[fix.Sizes, ir.Model, ir.Model]] = []
+    for sizes in fix.buckets(model, shapes):
+        static = fix.fixed(model, sizes)
+        whole.simplify(static, PassResult())
+        simple = static.clone()
+        lower.lower(simple)
+        found.append((sizes, static, simple))
+    return found
+
+
+def _interface(value: ir.Value) -> dict[str, Any]:
+    assert value.shape is not None and value.dtype is not None
+    return {"name": value.name, "shape": list(value.shape.numpy()), "dtype": value.dtype.numpy().name}
+
+
+def _known(model: ir.Model) -> tuple[Arrays, Arrays] | None:
+    """Inputs, and what ONNX Runtime computes from them without optimising; None where it cannot."""
+    try:
+        session = runtime.session(model, optimise=False, frugal=True)
+        case = next(iter(inputs.cases(model)), None)
+        return None if case is None else (case.arrays, session.run(case.arrays))
+    except BadInput:
+        return None
