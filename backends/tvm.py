@@ -30,17 +30,19 @@ class Tvm(Backend):
     """
 
     main: ClassVar[str] = "model.so"
-    when_slower: ClassVar[str] = "-t onnxruntime is faster here"
+    when_slower: ClassVar[str] = "measure faster loops with --tune MINUTES, or use -t onnxruntime"
 
     target: str = option("x86-64-v3", "the processor: x86-64-v3, native, another one as LLVM names it, or cuda")
     shapes: tuple[str, ...] = option((), "sizes of dynamic dimensions: batch=1,8; all combinations are compiled")
     threads: int = option(0, "cores that the code is laid out for; 0 means those of this machine")
     arch: tuple[str, ...] = option(("sm_80", "sm_90"), "for cuda: the architectures to compile for")
+    tune: float = option(0.0, "minutes to spend on measuring loops, here; what was found is remembered")
+    trials: int = option(0, "loops to measure at most")
     runtime: bool = option(True, "put TVM's runtime library into the artifact")
 
     def __post_init__(self) -> None:
-        if self.threads < 0:
-            raise ValueError("threads cannot be negative")
+        if self.threads < 0 or self.tune < 0 or self.trials < 0:
+            raise ValueError("threads, tune and trials cannot be negative")
 
     def capabilities(self) -> Capabilities:
         return Capabilities("tvm", max_ir=10, max_opset={"": OPSET})
@@ -52,10 +54,10 @@ class Tvm(Backend):
         emit.lowered(model, self.shapes)
 
     def emit(self, model: ir.Model, folder: Path, *, progress: Progress = no_progress) -> Mapping[str, Any]:
-        from graphc.tvm import emit, install, targets
+        from graphc.tvm import emit, install, targets, tune
 
         target = targets.resolve(self.target, self.threads, self.arch[0])
-        needs = emit.emit(model, folder, target, self.shapes, progress)
+        needs = emit.emit(model, folder, target, self.shapes, tune.Budget(60 * self.tune, self.trials), progress)
         if self.runtime and (library := install.library()) is not None:
             shutil.copyfile(library, folder / library.name)
         parts = {"run.py": "serve.py", "main.cc": "cpp/main.cc", "CMakeLists.txt": "cpp/CMakeLists.txt"}

@@ -18,7 +18,7 @@ from graphc.startup import prepare_process
 if TYPE_CHECKING:
     from graphc.settings import Settings
 
-_TARGET = ("shapes",)
+_TARGET = ("shapes", "tune", "trials")
 """Flags that stand for an option of the target."""
 
 EPILOG = """\
@@ -148,6 +148,8 @@ def _optimize(commands: Any) -> None:
     )
     target = command.add_argument_group("options of targets, also settable as in -t 'tvm{threads=2}'")
     target.add_argument("--shapes", nargs="+", metavar="NAME=SIZE", help="tvm: sizes of dynamic dimensions: batch=1,8")
+    target.add_argument("--tune", type=float, metavar="MINUTES", help="tvm: measure loops and take the fastest")
+    target.add_argument("--trials", type=int, metavar="N", help="tvm: measure at most N loops")
     check = command.add_argument_group("checks and limits")
     check.add_argument(
         "--data",

@@ -106,6 +106,13 @@ def _compare(
                 why=verdict.why,
                 hint="-t onnxruntime; and please report this as a defect of graphc, with the model if you may",
             )
+        worst = max((output.max_rel for output in verdict.outputs), default=0.0)
+        report.measurements["compiled"] = {
+            "cases": list(verdict.cases),
+            "worst": worst,
+            "provider": loaded.provider,
+            "shapes": [{name: list(shape) for name, shape in each.items()} for each in loaded.shapes],
+        }
         return
     judge = checker()
     verdict = judge.compare(loaded, optimise=True)

@@ -372,3 +372,67 @@ def test_inputs_of_a_bucket_fit() -> None:
     model = text("y = Relu(x)", "(float[batch,seq] x) => (float[batch,seq] y)")
     static = fix.fixed(model, {"batch": 2, "seq": 5})
     assert all(case.arrays["x"].shape == (2, 5) for case in inputs.generate(static))
+
+
+def test_tuning_measures_remembers_and_goes_on(tvm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from graphc.tvm import tune
+
+    monkeypatch.setenv("GRAPHC_CACHE_DIR", str(tmp_path / "cache"))
+    measured: list[float] = []
+    seconds = tune._seconds
+
+    def counted(*arguments: Any) -> float:
+        measured.append(seconds(*arguments))
+        return measured[-1]
+
+    monkeypatch.setattr(tune, "_seconds", counted)
+    model = text("y = MatMul(x, w)", "(float[32,64] x) => (float y)")
+    model.graph.initializers["w"] = own = weight("w", 64, 48)
+    model.graph.node(0).replace_input_with(1, own)
+    target = parse_backend("tvm", {"trials": 3, "threads": 2})
+    needs = {}
+    for number, count in enumerate((3, 6)):
+        folder = tmp_path / f"out{number}"
+        folder.mkdir()
+        needs = target.emit(model.clone(), folder)
+        assert len(measured) == count, "what is known is not measured again"
+    (folder / "graphc.json").write_text(json.dumps({"target": target.spec(), "runtime": dict(needs)}))
+    assert next(iter(needs["buckets"][0]["loops"].values())).keys() == {"height", "width", "pack"}
+    assert compiled.compare(model, target.load(folder)).ok
+
+
+def test_every_choice_of_a_tuner_is_right(tvm: Any) -> None:
+    from graphc.tvm import build as builder
+    from graphc.tvm import emit, importer, schedule, targets
+
+    model = text("y = Conv<strides: ints = [2,2]>(x, w)", "(float[1,4,15,13] x) => (float y)")
+    model.graph.initializers["w"] = own = weight("w", 32, 4, 3, 3)
+    model.graph.node(0).replace_input_with(1, own)
+    target = targets.resolve("x86-64-v3", 2)
+    ((_, _, simple),) = emit.lowered(model, ())
+    module = builder.prepare(importer.to_relax(simple), target)
+    machine = schedule.Machine.of(target)
+    assert (machine.lanes, machine.registers) == (8, 16)
+    name, function = next((n, f) for n, f in schedule.functions(module) if schedule.choices(f, machine))
+    shapes = [tuple(int(size) for size in p.ty.shape) for p in function.params]
+    arrays = [np.random.default_rng(i).standard_normal(shape).astype(np.float32) for i, shape in enumerate(shapes)]
+
+    def run(nest: Any) -> Array:
+        kernel = tvm.compile(tvm.IRModule({"k": nest.with_attr("global_symbol", "k")}), target=target)["k"]
+        given = [tvm.runtime.tensor(array) for array in arrays]
+        kernel(*given)
+        found: Array = given[-1].numpy()
+        return found
+
+    wanted = run(function)
+    offered = schedule.choices(function, machine)
+    assert len(offered) >= 6
+    for choice in offered[:6] + offered[-2:]:
+        nest = schedule.scheduled(function, machine, choice)
+        assert nest.attrs["tirx.is_scheduled"]
+        np.testing.assert_allclose(run(nest), wanted, rtol=1e-5, atol=1e-5, err_msg=f"{name} {choice}")
+
+
+def test_negative_budgets_are_refused() -> None:
+    with pytest.raises(BadInput, match="negative"):
+        parse_backend("tvm", {"tune": -1.0})

@@ -60,11 +60,9 @@ def prepare(module: Any, target: Any) -> Any:
     import tvm
     from tvm import relax
 
-    cpu = target.kind.name == "llvm"
-    passes = [relax.transform.DecomposeOpsForInference(), relax.transform.CanonicalizeBindings()]
-    if cpu:
-        passes += [relax.transform.ConvertLayout({"relax.nn.conv2d": ["NHWC", "HWIO"]}), relax.transform.Normalize()]
-    passes += [
+    first = [relax.transform.DecomposeOpsForInference(), relax.transform.CanonicalizeBindings()]
+    layout = [relax.transform.ConvertLayout({"relax.nn.conv2d": ["NHWC", "HWIO"]}), relax.transform.Normalize()]
+    passes = [
         tvm.transform.module_pass(lambda mod, context: _transposed(mod), opt_level=0, name="TransposeWeights"),
         relax.transform.FoldConstant(),
         relax.transform.LegalizeOps(),
@@ -74,7 +72,12 @@ def prepare(module: Any, target: Any) -> Any:
         relax.transform.FuseTIR(),
         relax.transform.DeadCodeElimination(),
     ]
-    with target, _quiet():
+    with target, _quiet(), _explained(target):
+        module = tvm.transform.Sequential(first)(module)
+        if target.kind.name == "llvm":
+            # With channels last, every operator's innermost axis is contiguous. TVM cannot convert every graph.
+            with contextlib.suppress(Exception):
+                module = tvm.transform.Sequential(layout)(module)
         return tvm.transform.Sequential(passes)(module)
 
 
@@ -150,17 +153,22 @@ def link(module: Any, target: Any, path: Path) -> None:
         cc.create_shared(output, list(objects), list(options), cc=compiler)
 
     create.output_format = "so"  # type: ignore[attr-defined]
+    with _quiet(), _explained(target), tempfile.TemporaryDirectory(prefix="graphc-") as folder:
+        executable = tvm.compile(module, target=target)
+        executable.export_library(str(path), fcompile=create, workspace_dir=folder)
+
+
+@contextlib.contextmanager
+def _explained(target: Any) -> Iterator[None]:
     try:
-        with _quiet(), tempfile.TemporaryDirectory(prefix="graphc-") as folder:
-            executable = tvm.compile(module, target=target)
-            executable.export_library(str(path), fcompile=create, workspace_dir=folder)
+        yield
     except Exception as error:  # TVM's errors share no other base
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise BadInput(
             "TVM could not compile the model",
             where=f"target {target}",
             why=lines[-1][:400],
-            hint="please report this as a defect of graphc, with the model if you may",
+            hint="-t onnxruntime runs it; please report this as a defect of graphc, with the model if you may",
         ) from None
 
 

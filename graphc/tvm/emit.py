@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from graphc.contract import Arrays, PassResult, Progress
 from graphc.errors import BadInput
 from graphc.shapes import fix
 from graphc.simplification import whole
-from graphc.tvm import build, importer, lower, schedule
+from graphc.tvm import build, importer, lower, schedule, tune
 
 
 def emit(
@@ -22,6 +23,7 @@ def emit(
     folder: Path,
     target: Any,
     shapes: Sequence[str],
+    budget: tune.Budget,
     progress: Progress,
 ) -> Mapping[str, Any]:
     """Compile a model into ``folder``; returns what :mod:`graphc.tvm.serve` needs to run it.
@@ -31,6 +33,7 @@ def emit(
         folder: An empty folder.
         target: A TVM target.
         shapes: The sizes of dynamic dimensions, see ``graphc.shapes.fix.buckets``.
+        budget: How much to spend on measuring loops; the combinations of sizes share the time.
         progress: ``progress(what, done, total)``.
 
     Raises:
@@ -43,7 +46,8 @@ def emit(
     for number, (each, static, simple) in enumerate(models):
         progress("compiling", number, len(models))
         module = build.prepare(importer.to_relax(simple), target)
-        module, held = build.detach(schedule.schedule(module, target))
+        choices = tune.tune(module, target, budget.part(len(models)), progress) if budget else {}
+        module, held = build.detach(schedule.schedule(module, target, choices))
         library = "model.so" if number == 0 else f"model.{number}.so"
         build.link(module, target, folder / library)
         bucket: dict[str, Any] = {
@@ -53,6 +57,8 @@ def emit(
             "outputs": [value.name for value in simple.graph.outputs],
             "weights": [weights.add(array) for array in held],
         }
+        if choices:
+            bucket["loops"] = {name: asdict(choice) for name, choice in sorted(choices.items())}
         if known := _known(static):
             bucket["parity"] = [{name: parity.add(array) for name, array in part.items()} for part in known]
         described.append(bucket)

@@ -10,7 +10,7 @@ element: parallel and vectorised. A function that no rule takes keeps its plain 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,27 +49,59 @@ class Machine:
         return Machine(lanes, 32 if lanes == 16 else 16, cores)
 
 
-def schedule(module: Any, target: Any) -> Any:
-    """Give every function of a module loops that suit the target; on others than a CPU it stays as it is."""
+@dataclass(frozen=True)
+class Choice:
+    """What a tuner may decide of a contraction's loops.
+
+    Attributes:
+        height, width: The tile: rows and columns that are computed in registers; 0 leaves both to ``tile``.
+        pack: Whether the vector operand may be copied next to each other.
+    """
+
+    height: int = 0
+    width: int = 0
+    pack: bool = True
+
+
+RULED = Choice()
+"""What the rules decide by themselves."""
+
+
+def functions(module: Any) -> list[tuple[Any, Any]]:
+    """The loop nests of a module, with their names."""
     from tvm import tirx
 
+    return [
+        (name, function)
+        for name, function in module.functions_items()
+        if isinstance(function, tirx.PrimFunc) and not (function.attrs or {}).get("tirx.is_scheduled")
+    ]
+
+
+def schedule(module: Any, target: Any, choices: Mapping[str, Choice] | None = None) -> Any:
+    """Give every function of a module loops that suit the target; on others than a CPU it stays as it is.
+
+    Args:
+        module: Changed in place.
+        target: A TVM target.
+        choices: What a tuner found, by function name.
+    """
     if target.kind.name != "llvm":
         return module
     machine = Machine.of(target)
-    for name, function in list(module.functions_items()):
-        if isinstance(function, tirx.PrimFunc) and not (function.attrs or {}).get("tirx.is_scheduled"):
-            module[name] = scheduled(function, machine)
+    for name, function in functions(module):
+        module[name] = scheduled(function, machine, (choices or {}).get(name.name_hint, RULED))
     return module
 
 
-def scheduled(function: Any, machine: Machine) -> Any:
+def scheduled(function: Any, machine: Machine, choice: Choice = RULED) -> Any:
     """A function with better loops, or the function itself where no rule takes it."""
     from tvm import s_tir
 
     for rule in (_blocks, _each):
         work = s_tir.Schedule(function)
         try:
-            rule(_Nest(work, machine))
+            rule(_Nest(work, machine, choice))
         except Exception:  # TVM's refusals are of many kinds
             continue
         return work.mod["main"].with_attr("tirx.is_scheduled", True)
@@ -87,10 +119,12 @@ class _Nest:
     Attributes:
         work: TVM's schedule of it.
         machine: What it shall run on.
+        choice: What a tuner decided.
     """
 
     work: Any
     machine: Machine
+    choice: Choice = RULED
 
     def blocks(self) -> list[Any]:
         return list(self.work.get_child_blocks(self.work.get_sblock("root")))
@@ -201,6 +235,32 @@ def _is_contraction(nest: _Nest, block: Any) -> bool:
     return summed >= 4 and bool((a ^ b) & spatial) and _vector_axis(nest, block) in a ^ b
 
 
+def choices(function: Any, machine: Machine) -> list[Choice]:
+    """What is worth measuring for a function, the most likely first; empty if it has no contraction."""
+    from tvm import s_tir
+
+    nest = _Nest(s_tir.Schedule(function), machine)
+    try:
+        _inline(nest)
+        block = next((each for each in nest.blocks() if _is_contraction(nest, each)), None)
+    except Exception:  # TVM's refusals are of many kinds
+        return []
+    if block is None:
+        return []
+    vector, kinds, extents = _vector_axis(nest, block), nest.kinds(block), nest.extents(block)
+    rows = math.prod(n for i, n in enumerate(extents) if kinds[i] == "S" and i != vector)
+    lanes = machine.lanes
+    ruled = tile(rows, extents[vector], machine)
+    tiles = [ruled, (4, 2 * lanes), (6, 2 * lanes), (1, 8 * lanes), (2, 4 * lanes), (3, 4 * lanes), (8, lanes)]
+    tiles += [(12, lanes), (9, lanes), (5, 2 * lanes), (1, 4 * lanes), (3, 2 * lanes), (14, lanes), (13, lanes)]
+    if machine.registers > 16:
+        tiles += [(12, 2 * lanes), (6, 4 * lanes), (8, 2 * lanes), (4, 4 * lanes), (24, lanes)]
+    fits = [
+        (h, w) for h, w in dict.fromkeys(tiles) if h <= max(rows, 1) and (extents[vector] % w == 0 or w == ruled[1])
+    ]
+    return [Choice(h, w, pack) for pack in (True, False) for h, w in fits]
+
+
 def _vector_axis(nest: _Nest, block: Any) -> int:
     """The axis of a block along which the result is contiguous."""
     kinds, extents = nest.kinds(block), nest.extents(block)
@@ -253,6 +313,8 @@ def _contraction(nest: _Nest, block: Any) -> set[str]:
     *outer, row, column = work.get_loops(block)[: len(shared) + 2]
     steps = work.get_loops(block)[len(shared) + 2 :]
     height, width = tile(count, columns, machine)
+    if nest.choice.height:
+        height, width = min(nest.choice.height, count), min(nest.choice.width, columns)
     outer_row, tile_row = nest.split(row, height)
     outer_column, tile_column = nest.split(column, width)
     tiles, panels = -(-count // height), -(-columns // width)
@@ -275,7 +337,7 @@ def _contraction(nest: _Nest, block: Any) -> set[str]:
     vectors = width % machine.lanes == 0
     if vectors:
         work.vectorize(work.get_loops(cache)[-1])
-    if packs and tiles >= 4 and (packs == "scattered" or columns > width):
+    if nest.choice.pack and packs and tiles >= 4 and (packs == "scattered" or columns > width):
         packed = work.cache_read(block, wide, "global")
         work.compute_at(packed, start, preserve_unit_loops=True)
         _pack(nest, packed, block, wide, len(shared) + 1)

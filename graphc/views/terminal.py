@@ -132,6 +132,11 @@ def _verdict(console: Console, report: Document) -> None:
             f"[green]as torch[/]  the same at {len(torch['cases'])} sizes before any pass; largest difference "
             f"{torch['worst']:.2g} of the largest number"
         )
+    if made := report["measurements"].get("compiled"):
+        console.print(
+            f"[green]compiled[/]  the same on {len(made['cases'])} inputs of {len(made['shapes'])} sizes in "
+            f"{made['provider']}; largest relative error {made['worst']:.2g}"
+        )
     for metric, value in report["approximation"].items():
         console.print(f"[bold]measured[/]  lossy passes cost {escape(metric)} = {value:.3g}")
 
