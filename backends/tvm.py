@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from graphc.contract import Arrays, Backend, Capabilities, Progress, Runnable, no_progress, option
-from graphc.errors import BadInput
+from graphc.errors import BadInput, NotHere
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,27 +50,31 @@ class Tvm(Backend):
     def check(self, model: ir.Model) -> None:
         from graphc.tvm import emit, targets
 
-        targets.resolve(self.target, self.threads, self.arch[0])
+        targets.resolve(self.target, self.threads, self.arch)
         emit.lowered(model, self.shapes)
 
     def emit(self, model: ir.Model, folder: Path, *, progress: Progress = no_progress) -> Mapping[str, Any]:
-        from graphc.tvm import emit, install, targets, tune
+        from graphc.tvm import cuda, emit, install, targets, tune
 
-        target = targets.resolve(self.target, self.threads, self.arch[0])
+        target = targets.resolve(self.target, self.threads, self.arch)
         needs = emit.emit(model, folder, target, self.shapes, tune.Budget(60 * self.tune, self.trials), progress)
-        if self.runtime and (library := install.library()) is not None:
-            shutil.copyfile(library, folder / library.name)
+        names = ["libtvm_runtime.so", *([cuda.RUNTIME] if needs["device"] == "cuda" else [])]
+        for library in map(install.library, names if self.runtime else []):
+            if library is not None:
+                shutil.copyfile(library, folder / library.name)
         parts = {"run.py": "serve.py", "main.cc": "cpp/main.cc", "CMakeLists.txt": "cpp/CMakeLists.txt"}
         for name, source in parts.items():
             (folder / name).write_text((resources("graphc.tvm") / source).read_text(encoding="utf-8"), "utf-8")
         return needs
 
     def load(self, path: Path, *, frugal: bool = False) -> Runnable:
-        from graphc.tvm import install
+        from graphc.tvm import cuda, install
 
         install.versions()
         from graphc.tvm import serve
 
+        if self.target == "cuda" and not cuda.driver():
+            raise NotHere("there is no CUDA driver", where=str(path), hint="run it on a machine with a GPU")
         try:
             return Loaded(serve.Model(path))
         except (OSError, ValueError, KeyError) as error:

@@ -43,6 +43,10 @@ class BadInput(GraphcError):
     """The model, data, recipe or option given cannot be used."""
 
 
+class NotHere(BadInput):
+    """Something is right, but this machine lacks what it runs on."""
+
+
 class CheckFailed(GraphcError):
     """A check, a gate or a comparison did not hold."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from graphc import compiled, measure
 from graphc.contract import Arrays, Runnable, no_progress
-from graphc.errors import BadInput, CheckFailed
+from graphc.errors import BadInput, CheckFailed, NotHere
 from graphc.gate import Gate
 from graphc.model import nbytes
 from graphc.views.units import seconds, size
@@ -68,6 +68,8 @@ def try_out(
             _time(loaded, samples, source, settings, report, latency)
         elif settings.measure:
             report.warnings.append("not timed, to spare memory: 'graphc bench INPUT OUTPUT' times large models")
+    except NotHere as error:
+        report.warnings.append(f"what was emitted cannot run here, so it was neither compared nor timed: {error.what}")
     except BadInput as error:
         raise CheckFailed(
             "what was emitted does not run; nothing was written",

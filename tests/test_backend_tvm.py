@@ -436,3 +436,53 @@ def test_every_choice_of_a_tuner_is_right(tvm: Any) -> None:
 def test_negative_budgets_are_refused() -> None:
     with pytest.raises(BadInput, match="negative"):
         parse_backend("tvm", {"tune": -1.0})
+
+
+@pytest.mark.parametrize(("arch", "message"), [("sm_90a", "tensor cores off"), ("hopper", "no CUDA architecture")])
+def test_architectures_that_mislead_are_refused(arch: str, message: str) -> None:
+    from graphc.tvm import cuda
+
+    with pytest.raises(BadInput, match=message):
+        cuda.architectures([arch])
+
+
+def test_without_nvcc_no_source_is_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    from graphc.tvm import cuda
+
+    monkeypatch.setattr(shutil, "which", lambda *rest, **more: None)
+    with pytest.raises(BadInput, match=r"(?s)nvcc is not there.*source code"):
+        cuda.nvcc()
+
+
+@pytest.mark.slow
+def test_cuda_is_compiled_without_a_gpu(tvm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from graphc.tvm import cuda
+
+    kernels: list[str] = []
+    really = subprocess.run
+
+    def seen(command: list[str], **more: Any) -> Any:
+        if str(command[-1]).endswith(".cu"):
+            kernels.append(Path(command[-1]).read_text())
+        return really(command, **more)
+
+    monkeypatch.setattr(subprocess, "run", seen)
+
+    try:
+        cuda.nvcc()
+    except BadInput:
+        pytest.skip("no nvcc: the CUDA toolkit is not installed")
+    model = text("a = MatMul(x, w)\n y = Relu(a)", "(float16[128,256] x) => (float16 y)")
+    data = np.random.default_rng(0).standard_normal((256, 128)).astype(np.float16)
+    model.graph.initializers["w"] = own = ir.Value(
+        name="w", shape=ir.Shape((256, 128)), type=ir.TensorType(ir.DataType.FLOAT16), const_value=ir.tensor(data)
+    )
+    model.graph.node(0).replace_input_with(1, own)
+    out = tmp_path / "out"
+    report = pipeline.optimize(save(model, tmp_path / "m.onnx"), out, target="tvm{target=cuda arch=[sm_80,sm_90]}")
+    code = (out / "model.so").read_bytes()
+    assert sorted(cuda.contents(code)) == [("ptx", 90), ("sm", 80), ("sm", 90)]
+    assert b"__global__" not in code, "no source"
+    assert len(kernels) == 1 and ("wmma::mma_sync" in kernels[0] or "mma.sync" in kernels[0]), "tensor cores are used"
+    if not cuda.driver():
+        assert any("cannot run here" in warning for warning in report.warnings)

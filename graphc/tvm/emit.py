@@ -15,7 +15,7 @@ from graphc.contract import Arrays, PassResult, Progress
 from graphc.errors import BadInput
 from graphc.shapes import fix
 from graphc.simplification import whole
-from graphc.tvm import build, importer, lower, schedule, tune
+from graphc.tvm import build, cuda, importer, lower, schedule, tune
 
 
 def emit(
@@ -47,7 +47,9 @@ def emit(
         progress("compiling", number, len(models))
         module = build.prepare(importer.to_relax(simple), target)
         choices = tune.tune(module, target, budget.part(len(models)), progress) if budget else {}
-        module, held = build.detach(schedule.schedule(module, target, choices))
+        gpu = target.kind.name == "cuda"
+        module = cuda.schedule(module, target) if gpu else schedule.schedule(module, target, choices)
+        module, held = build.detach(module)
         library = "model.so" if number == 0 else f"model.{number}.so"
         build.link(module, target, folder / library)
         bucket: dict[str, Any] = {

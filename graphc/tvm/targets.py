@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from graphc.errors import BadInput, nearest
-from graphc.tvm import install
+from graphc.tvm import cuda, install
 
 PORTABLE = "x86-64-v3"
 """The default: what every x86 processor of the last ten years has."""
@@ -15,16 +16,16 @@ PORTABLE = "x86-64-v3"
 CUDA = "cuda"
 
 
-def resolve(name: str, threads: int = 0, arch: str = "sm_80") -> Any:
+def resolve(name: str, threads: int = 0, arch: Sequence[str] = ("sm_80",)) -> Any:
     """TVM's target for a name.
 
     Args:
         name: ``native``, a processor as LLVM names it (``x86-64-v3``, ``znver4``, ...), ``cuda``, or TVM's own JSON.
         threads: Cores to schedule for; 0 means those of this machine.
-        arch: For ``cuda``: the architecture whose limits schedules keep.
+        arch: For ``cuda``: the architectures to compile for; schedules keep the limits of the first.
 
     Raises:
-        BadInput: There is no such target.
+        BadInput: There is no such target, or what it needs is not installed.
     """
     install.require()
     import tvm
@@ -36,7 +37,8 @@ def resolve(name: str, threads: int = 0, arch: str = "sm_80") -> Any:
             last = (str(error).strip().splitlines() or [""])[-1]
             raise BadInput("TVM does not know the target", where=name, why=last) from None
     if name == CUDA:
-        return tvm.target.Target({"kind": "cuda", "arch": arch}, host=_cpu(PORTABLE, threads))
+        cuda.prepare(cuda.architectures(arch))
+        return tvm.target.Target({"kind": "cuda", "arch": arch[0]}, host=_cpu(PORTABLE, threads))
     return tvm.target.Target(_cpu(name, threads))
 
 
