@@ -1,0 +1,204 @@
+"""Weights rounded to a grid, a piece at a time: to the nearest codes, or in the sweep of GPTQ."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from graphc import edit
+from graphc.contraction import Contraction
+from graphc.edit import Array
+from graphc.quantization.granularity import Granularity
+from graphc.quantization.grid import Grid, fit
+from graphc.sparsity.sweep import BLOCK, sweep
+
+PIECE = 1 << 22
+"""Elements that are rounded at once."""
+
+SCRATCH = 1 << 20
+"""Bytes from which codes are kept in a scratch file and not in memory."""
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A quantized weight.
+
+    Attributes:
+        codes: In the weight's shape.
+        scale: In the dtype of the weight, in the shape that DequantizeLinear wants.
+        zero: In the dtype of the codes; None if it is 0.
+        granularity: Which elements share a scale.
+        grid: The grid.
+    """
+
+    codes: ir.TensorProtocol
+    scale: Array
+    zero: Array | None
+    granularity: Granularity
+    grid: Grid
+
+    @property
+    def nbytes(self) -> int:
+        zero = 0 if self.zero is None else -(-self.zero.size * self.grid.dtype.bitwidth // 8)
+        return self.codes.nbytes + self.scale.nbytes + zero
+
+    def values(self) -> Array:
+        """What the codes stand for, float32, in the weight's shape."""
+        codes = self.codes.numpy().astype(np.float32)
+        scale = self.granularity.spread(self.scale.astype(np.float32), codes.shape)
+        if self.zero is None:
+            return np.asarray(codes * scale)
+        return np.asarray((codes - self.granularity.spread(self.zero.astype(np.float32), codes.shape)) * scale)
+
+
+def finite(held: ir.TensorProtocol) -> bool:
+    """Whether a tensor has neither NaN nor infinity; read a piece at a time."""
+    flat = held.numpy().reshape(-1)
+    found = all(np.isfinite(flat[i : i + PIECE].astype(np.float32)).all() for i in range(0, flat.size, PIECE))
+    del flat
+    edit.release(held)
+    return found
+
+
+def nearest(
+    held: ir.TensorProtocol,
+    grid: Grid,
+    granularity: Granularity,
+    *,
+    clip: bool = False,
+    importance: Array | None = None,
+    least: Array | None = None,
+) -> Codes:
+    """The nearest codes of a weight.
+
+    Args:
+        held: The weight, finite.
+        grid: Its grid.
+        granularity: Which elements share a scale.
+        clip: Whether ranges are narrowed for the least squared error.
+        importance: The weight of each element's squared error, of the weight's rank; it broadcasts.
+        least: Scales are no smaller than these, ``(channels,)``; for scales of one axis.
+    """
+    array = held.numpy()
+    dtype = held.dtype.numpy()
+    codes = _room(array.shape, grid)
+    axis = granularity.sliced(array.ndim)
+    if axis is None:
+        pieces = [slice(None)]
+    else:
+        step = max(1, PIECE * array.shape[axis] // max(array.size, 1))
+        pieces = [slice(i, i + step) for i in range(0, array.shape[axis], step)]
+    found = []
+    for piece in pieces:
+        at = (slice(None),) * (axis or 0) + (piece,)
+        part = np.asarray(array[at if axis is not None else ...], dtype=np.float32)
+        weight = importance
+        if weight is not None and axis is not None and weight.shape[axis] > 1:
+            weight = weight[at]
+        scale, zero = fit(part, grid, granularity, dtype, clip=clip, importance=weight)
+        if least is not None:
+            empty = granularity.reduced(np.abs(part), np.max) == 0
+            scale = np.where(empty & (least[piece] > 0), least[piece], np.maximum(scale, least[piece]))
+        spread = [granularity.spread(each, part.shape) for each in (scale, zero)]
+        codes[at if axis is not None else ...] = grid.codes(part, *spread).astype(codes.dtype)
+        found.append((scale, zero))
+    del array
+    edit.release(held)
+    joined = [found[0][i] if axis is None else _joined([f[i] for f in found], axis, granularity) for i in (0, 1)]
+    return _made(codes, joined[0], joined[1], held, grid, granularity)
+
+
+def _joined(parts: list[Array], axis: int, granularity: Granularity) -> Array:
+    return np.concatenate(parts, axis=axis if granularity.block else 0)
+
+
+def gptq(
+    held: ir.TensorProtocol,
+    use: Contraction,
+    gram: Array,
+    grid: Grid,
+    granularity: Granularity,
+    *,
+    clip: bool = False,
+    order: bool = True,
+    damp: float = 0.01,
+) -> Codes:
+    """Codes of a weight by GPTQ (2023): columns one after the other, the later ones making up for the earlier.
+
+    Scales are those of the weight as it came, so that columns may be done in any order and blocks stay where they are.
+    A row that the sweep leaves worse than the nearest codes gets these.
+
+    Args:
+        held: The weight, finite.
+        use: How it is read as matrices.
+        gram: ``(groups or 1, columns, columns)``, of its inputs.
+        grid: Its grid, of integers.
+        granularity: Which elements share a scale.
+        clip: Whether ranges are narrowed for the least squared error, weighted with the inputs' squares.
+        order: Whether columns with the largest inputs come first.
+        damp: See :func:`graphc.sparsity.sweep.sweep`.
+    """
+    array = held.numpy().astype(np.float32)
+    edit.release(held)
+    scale, zero = fit(array, grid, granularity, held.dtype.numpy(), clip=clip)
+    spread = [
+        np.broadcast_to(granularity.spread(each.astype(np.float32), array.shape), array.shape) for each in (scale, zero)
+    ]
+    weights, scales, zeros = (use.matrices(each) for each in (array, *spread))
+    new = np.empty_like(weights)
+    for i, weight in enumerate(weights):
+        products = gram[min(i, len(gram) - 1)]
+        columns = np.argsort(-np.diagonal(products), kind="stable") if order else np.arange(weight.shape[1])
+        projector = Rounded(grid, scales[i][:, columns], zeros[i][:, columns])
+        swept = sweep(weight[:, columns], products[np.ix_(columns, columns)], projector, damp=damp, block=BLOCK)
+        back = np.empty_like(columns)
+        back[columns] = np.arange(len(columns))
+        found = grid.codes(swept[:, back].astype(np.float32), scales[i], zeros[i])
+        plain = grid.codes(weight, scales[i], zeros[i])
+        losses = []
+        for codes in (found, plain):
+            error = weight - (codes - zeros[i]) * scales[i]
+            losses.append(np.einsum("ij,ij->i", error @ products, error))
+        new[i] = np.where((losses[1] < losses[0])[:, None], plain, found)
+    codes = _room(array.shape, grid)
+    codes[...] = use.restored(new).astype(codes.dtype)
+    return _made(codes, scale, zero, held, grid, granularity)
+
+
+class Rounded:
+    """Columns go to the nearest codes of scales that are given; a projector of the sweep.
+
+    Args:
+        grid: The grid.
+        scale: ``(outputs, columns)``.
+        zero: ``(outputs, columns)``.
+    """
+
+    def __init__(self, grid: Grid, scale: Array, zero: Array) -> None:
+        self._grid, self._scale, self._zero = grid, scale, zero
+
+    def begin(self, start: int, weights: Array, diagonal: Array) -> None:
+        """Nothing is chosen."""
+
+    def column(self, index: int, weights: Array, diagonal: Array) -> Array:
+        return self._grid.rounded(weights[:, 0], self._scale[:, index], self._zero[:, index])
+
+
+def _room(shape: tuple[int, ...], grid: Grid) -> Array:
+    """Room for codes, in a scratch file where they are many."""
+    dtype = np.dtype(grid.dtype.numpy())
+    if dtype.itemsize * int(np.prod(shape)) < SCRATCH:
+        return np.empty(shape, dtype=dtype)
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, dtype=dtype, mode="w+", shape=shape)
+
+
+def _made(
+    codes: Array, scale: Array, zero: Array, held: ir.TensorProtocol, grid: Grid, granularity: Granularity
+) -> Codes:
+    tensor = ir.Tensor(codes, dtype=grid.dtype, name=held.name)
+    offset = None if grid.symmetric or grid.form != "int" else zero.astype(grid.dtype.numpy())
+    return Codes(tensor, scale.astype(held.dtype.numpy()), offset, granularity, grid)

@@ -1,0 +1,403 @@
+"""Weights, and on request activations, are rounded to a few bits and written as standard Q/DQ."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from graphc import edit, shapes
+from graphc.contract import Context, Effect, Needs, Pass, PassResult, option
+from graphc.errors import BadInput
+from graphc.pruning.search import solve
+from graphc.quantization import activations, advice, dynamic, rounding, sensitivity, sites, static, store
+from graphc.quantization.granularity import Granularity
+from graphc.quantization.grid import Grid
+from graphc.quantization.rounding import Codes
+from graphc.quantization.sites import KINDS, Site
+from graphc.stats import RangeOf, Request
+
+MEASURED = 64 << 20
+"""Bytes of constants up to which sensitivities are measured at the model's outputs."""
+
+Way = tuple[Grid, Granularity]
+"""How a weight is quantized."""
+
+
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """Round weights to 2 to 8 bits, and with scheme=dynamic or static compute with 8-bit activations.
+
+    What is written is standard DequantizeLinear, QuantizeLinear and integer products, in the forms that ONNX Runtime
+    has fast kernels for. Weights under its default options are kept to 7 bits where 8-bit products could overflow.
+    """
+
+    effect: ClassVar[Effect] = Effect.LOSSY
+
+    scheme: Literal["weights", "dynamic", "static"] = option(
+        "weights", "weights: they only; dynamic: activations too, as they come; static: activations by calibration."
+    )
+    bits: int = option(8, "Bits of a weight: 8, 4, 3 (stored in 4) or 2; dynamic and static take 8.")
+    block: int = option(0, "Inputs of an output that share a scale: 16 to 256; 0: all of them; -1: the whole tensor.")
+    symmetric: bool = option(True, "Codes with a sign around zero; false: unsigned, with zero points.")
+    form: Literal["int", "float8e4m3fn", "float8e5m2"] = option("int", "Whether codes are integers or 8-bit floats.")
+    rounding: Literal["nearest", "gptq"] = option(
+        "nearest", "nearest: each weight for itself; gptq: so that the layer's output changes least, calibrated."
+    )
+    clip: Literal["none", "mse"] = option("none", "mse: narrow each range to where the squared error is least.")
+    order: bool = option(True, "For rounding=gptq: columns with the largest inputs first.")
+    damp: float = option(0.01, "For rounding=gptq: what is added to the Gram matrix's diagonal, as a part of its mean.")
+    sequential: bool = option(False, "For rounding=gptq: collect each layer's inputs from quantized layers before it.")
+    activations: Literal["minmax", "percentile", "mse", "entropy"] = option(
+        "minmax", "For scheme=static: how the range of an activation is chosen from what calibration saw."
+    )
+    percentile: float = option(99.999, "For activations=percentile: the part of the values that is in the range.")
+    full_range: bool = option(
+        False, "For dynamic and static: 8-bit weights; on CPUs without VNNI only right as an artifact, which is slower."
+    )
+    embeddings: int = option(8, "Bits of embeddings and of heads tied to them; 0 leaves them.")
+    budget: float = option(
+        0.0, "Bits per weight, scales included, that layers share by what their errors cost; 0: none."
+    )
+    choices: tuple[int, ...] = option((2, 3, 4, 8), "For budget: the bits that a layer may get; or its own type.")
+    keep: int = option(0, "How many layers, the most sensitive first, get the fallback; what the gate raises.")
+    fallback: int = option(0, "Bits of layers that are kept; 0: 8 for fewer bits, else their own type.")
+    sensitivity: Literal["auto", "outputs", "layers"] = option(
+        "auto", "How layers are ranked: measured at the model's outputs, or estimated at their own; auto: by size."
+    )
+    least: int = option(1024, "Elements from which a weight is quantized.")
+    kinds: tuple[str, ...] = option(KINDS, "The operators whose weights are looked at; Gather for embeddings.")
+    include: tuple[str, ...] = option((), "Patterns of weight or node names to look at; all if none is given.")
+    exclude: tuple[str, ...] = option((), "Patterns of weight or node names to leave alone.")
+
+    def __post_init__(self) -> None:
+        where = "quantize"
+        for name, bits in (("bits", self.bits), *(("choices", b) for b in self.choices)):
+            if bits not in (2, 3, 4, 8):
+                raise BadInput(f"{name} cannot be {bits}", where=where, hint="2, 3, 4 or 8")
+        for name, bits in (("embeddings", self.embeddings), ("fallback", self.fallback)):
+            if bits not in (0, 4, 8):
+                raise BadInput(f"{name} cannot be {bits}", where=where, hint="0, 4 or 8")
+        if self.block not in (-1, 0) and not 16 <= self.block <= 256:
+            raise BadInput(
+                f"block cannot be {self.block}", where=where, hint="0, -1, or 16 to 256; powers of two are fast"
+            )
+        if self.form != "int" and (self.bits != 8 or not self.symmetric or self.rounding != "nearest"):
+            raise BadInput("floats have 8 bits, a sign, and no gptq", where=where, hint="leave the other options out")
+        plain = self.bits == 8 and not self.block and self.symmetric and self.form == "int" and not self.budget
+        if self.scheme != "weights" and not plain:
+            raise BadInput(
+                f"scheme={self.scheme} takes symmetric 8-bit integers with a scale for each output",
+                where=where,
+                hint="leave bits, block, symmetric, form and budget out",
+            )
+        if self.damp <= 0 or not 50 < self.percentile <= 100 or self.keep < 0 or self.budget < 0:
+            raise BadInput(
+                "an option is out of its range", where=where, hint="damp > 0, percentile 50 to 100, keep >= 0"
+            )
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise BadInput(f"weights of '{kind}' are not looked at", where=where, hint=", ".join(KINDS))
+
+    def needs(self, model: ir.Model) -> Needs:
+        wanted = self.scheme == "static" or self.rounding == "gptq" or self.keep or self.budget
+        return Needs(calibration=bool(wanted))
+
+    def levels(self, model: ir.Model) -> Sequence[Pass]:
+        """More and more layers kept, the most sensitive first; of few bits, then 8 bits for all and the same again."""
+        count = len(self._sites(model, PassResult()))
+        found: list[Pass] = [dataclasses.replace(self, keep=n) for n in _steps(self.keep, count)]
+        if self.scheme == "weights" and self.bits < 8 and self.form == "int":
+            found += [dataclasses.replace(self, bits=8, keep=n) for n in _steps(0, count)]
+        return found
+
+    def run(self, model: ir.Model, ctx: Context) -> PassResult:
+        result = PassResult()
+        if self.scheme == "static":
+            shapes.infer(model)
+            first = self._sites(model, PassResult())
+            result.change("MatMul and Add became Gemm", static.as_gemm(model, first))
+        found = self._sites(model, result)
+        version = model.graph.opset_imports.get("", 0)
+        ways: list[Way | None] = []
+        for site in found:
+            way = self._way(site, self.bits)
+            why = self._why_not(site, way, version)
+            if why:
+                result.refuse(site.name, why)
+            ways.append(None if why else way)
+        if not any(ways):
+            result.refuse("", "no weight can be quantized")
+            return result
+        for note in advice.notes(self, model, ctx.target):
+            result.note(note)
+        if self.budget:
+            ways = self._allocated(model, found, ways, ctx, result)
+        if self.keep:
+            ways = self._kept(model, found, ways, ctx, result)
+        if not any(ways):
+            result.refuse("", "every layer stays as it is")
+            return result
+        before = sum(site.held.nbytes for site, way in zip(found, ways, strict=True) if way)
+        after, size = self._write(model, found, ways, ctx, result)
+        count = sum(way is not None for way in ways)
+        result.note(
+            f"quantize: {count} weights of {size:,} elements take {after:,} bytes instead of {before:,}, "
+            f"{8 * after / max(size, 1):.2f} bits each"
+        )
+        return result
+
+    # What is quantized, and how.
+
+    def _sites(self, model: ir.Model, result: PassResult) -> list[Site]:
+        return sites.find(model, self.kinds, self.include, self.exclude, self.least, result)
+
+    def _way(self, site: Site, bits: int) -> Way | None:
+        """How a weight is quantized with these bits; 0 leaves it."""
+        if site.gathers:
+            # Whole rows are looked up: a scale for each.
+            bits = self.embeddings if self.scheme == "weights" and self.embeddings < bits else bits and self.embeddings
+            return (Grid(bits), Granularity(0)) if bits else None
+        if not bits:
+            return None
+        if self._integers(site):
+            return Grid(8 if self.full_range else 7), Granularity(site.channel)
+        grid = Grid(bits, self.symmetric, self.form)
+        if self.block == -1:
+            return grid, Granularity()
+        blocked = self.block > 0 and site.depth > self.block
+        if blocked:
+            return grid, Granularity(site.axis, self.block)
+        if site.channel is None:
+            return grid, Granularity(site.axis, site.depth)
+        return grid, Granularity(site.channel)
+
+    def _integers(self, site: Site) -> bool:
+        """Whether products with this weight are done in integers."""
+        if self.scheme == "weights" or site.gathers or site.views:
+            return False
+        return not (dynamic.why_not(site) if self.scheme == "dynamic" else static.why_not(site))
+
+    def _why_not(self, site: Site, way: Way | None, version: int) -> str:
+        if way is None:
+            return "embeddings=0 leaves embeddings as they are"
+        grid, granularity = way
+        if self.scheme != "weights" and not site.gathers and not self._integers(site):
+            return dynamic.why_not(site) if self.scheme == "dynamic" else static.why_not(site)
+        if self.scheme == "static" and not site.gathers and not site.calibrated:
+            return "activations in the bodies of If and Loop are not calibrated"
+        plain = grid.dtype.bitwidth == 8 and not granularity.block and grid.form == "int" and not site.gathers
+        needed = 13 if plain else grid.opset
+        if version < needed:
+            return f"it needs opset {needed}, the model has {version}"
+        if not rounding.finite(site.held):
+            return "it holds NaN or infinity"
+        return ""
+
+    # Layers that get more bits than others.
+
+    def _losses(
+        self, model: ir.Model, found: Sequence[Site], each: Sequence[Sequence[Way | None]], ctx: Context
+    ) -> list[list[float]]:
+        """What each way to quantize each layer alone costs; 0 for none."""
+        mode = self.sensitivity
+        if mode == "auto":
+            mode = "outputs" if sum(s.held.nbytes for s in found) <= MEASURED and ctx.calibration else "layers"
+        if mode == "outputs" and not ctx.calibration:
+            raise BadInput("sensitivity=outputs needs calibration data", where="quantize", hint="--calibrate")
+        plain = dataclasses.replace(self, keep=0, budget=0.0, rounding="nearest", sensitivity=mode)
+
+        def measure() -> list[list[float]]:
+            if mode == "layers":
+                wanted = {use.moments for site in found if site.calibrated for use in site.uses}
+                statistics: Mapping[Any, Any] = ctx.collect(model, wanted) if ctx.calibration else {}
+                rows = []
+                for i, (site, ways) in enumerate(zip(found, each, strict=True)):
+                    ctx.progress("estimating layers", i, len(found))
+                    rows.append(sensitivity.own(site, ways, statistics))
+                return rows
+            outputs = sensitivity.Outputs(model, ctx.calibration)
+            rows = []
+            for i, ways in enumerate(each):
+                ctx.progress("measuring layers", i, len(found))
+                row = []
+                for way in ways:
+                    if way is None:
+                        row.append(0.0)
+                        continue
+                    copy = model.clone()
+                    own = plain._sites(copy, PassResult())
+                    alone: list[Way | None] = [way if k == i else None for k in range(len(own))]
+                    plain._write(copy, own, alone, ctx, PassResult())
+                    row.append(outputs.loss(copy))
+                rows.append(row)
+            return rows
+
+        return sensitivity.remembered(model, ctx, f"{plain.spec()} {[list(map(repr, ways)) for ways in each]}", measure)
+
+    def _kept(
+        self, model: ir.Model, found: Sequence[Site], ways: Sequence[Way | None], ctx: Context, result: PassResult
+    ) -> list[Way | None]:
+        """The ways with the most sensitive layers at the fallback."""
+        losses = [row[0] for row in self._losses(model, found, [[way] for way in ways], ctx)]
+        order = sorted((i for i, way in enumerate(ways) if way), key=lambda i: -losses[i])
+        bits = self.fallback or (8 if self.bits < 8 else 0)
+        kept = list(ways)
+        for i in order[: self.keep]:
+            kept[i] = self._way(found[i], bits) if self.scheme == "weights" else None
+        names = [f"{found[i].name} ({losses[i]:.1e})" for i in order[: self.keep]]
+        more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+        cost = sum(_nbytes(found[i], kept[i]) - _nbytes(found[i], ways[i]) for i in order[: self.keep])
+        held = f"{bits} bits" if bits and self.scheme == "weights" else "their own type"
+        result.note(
+            f"quantize: the {len(names)} most sensitive layers keep {held}, {cost:,} bytes more: "
+            f"{', '.join(names[:6])}{more}; in brackets the relative error that each alone would cause"
+        )
+        return kept
+
+    def _allocated(
+        self, model: ir.Model, found: Sequence[Site], ways: Sequence[Way | None], ctx: Context, result: PassResult
+    ) -> list[Way | None]:
+        """The bits of each layer by a knapsack over what its errors cost."""
+        own = [i for i, way in enumerate(ways) if way and not found[i].gathers]
+        version = model.graph.opset_imports.get("", 0)
+        choices: list[list[Way | None]] = [
+            [way for bits in sorted(self.choices) if (way := self._way(site, bits)) and way[0].opset <= version]
+            + [None]
+            if i in own
+            else []
+            for i, site in enumerate(found)
+        ]
+        losses = self._losses(model, found, choices, ctx)
+        curves = []
+        for i in own:
+            whole = found[i].held.nbytes
+            row = [(k, float(whole - _nbytes(found[i], way)), losses[i][k]) for k, way in enumerate(choices[i])]
+            curves.append(row)
+        total = sum(found[i].held.nbytes for i in own)
+        size = sum(found[i].held.size for i in own)
+        picked = solve(curves, total - self.budget * size / 8)
+        new = list(ways)
+        counts: dict[str, int] = {}
+        for i, k in zip(own, picked, strict=True):
+            new[i] = choices[i][k]
+            way = new[i]
+            label = f"{way[0].bits} bits" if way else "their own type"
+            counts[label] = counts.get(label, 0) + 1
+        spent = 8 * sum(_nbytes(found[i], new[i]) for i in own) / max(size, 1)
+        shares = ", ".join(f"{n} layers {label}" for label, n in sorted(counts.items()))
+        result.note(f"quantize: {spent:.2f} bits per weight: {shares}")
+        return new
+
+    # The rewriting.
+
+    def _write(
+        self, model: ir.Model, found: Sequence[Site], ways: Sequence[Way | None], ctx: Context, result: PassResult
+    ) -> tuple[int, int]:
+        """Quantize the weights that have a way; returns bytes and elements."""
+        names = edit.Names(model)
+        chosen = [(site, way) for site, way in zip(found, ways, strict=True) if way]
+        integers = {id(site): self._integers(site) for site, _ in chosen}
+        scales: static.Scales = {}
+        planned: static.Plan | None = None
+        if self.scheme == "static":
+            planned = static.plan(model, [site for site, _ in chosen if integers[id(site)]])
+            requests: list[Request[Any]] = [RangeOf(value.name or "") for value in planned.calibrated]
+            seen = ctx.collect(model, requests)
+            scales = {
+                value.name or "": activations.scale_of(
+                    seen[RangeOf(value.name or "")], self.activations, self.percentile
+                )
+                for value in planned.calibrated
+            }
+            for value in planned.values:
+                source = value
+                while source in planned.same:
+                    source = planned.same[source]
+                scales = {**scales, value.name or "": scales[source.name or ""]}
+        writer = dynamic.Writer(model, names)
+        nbytes = size = done = 0
+        for stage in self._stages(chosen):
+            statistics = self._statistics(model, stage, ctx)
+            for site, way in stage:
+                ctx.progress("quantize", done, len(chosen))
+                done += 1
+                codes = self._codes(site, way, statistics, scales if integers[id(site)] else {})
+                nbytes, size = nbytes + codes.nbytes, size + site.held.size
+                what = f"weight stored in {codes.grid.dtype.name.lower()}"
+                if not integers[id(site)]:
+                    store.dequantized(site, codes, names)
+                elif self.scheme == "dynamic":
+                    writer.write(site, codes)
+                    what += ", multiplied in integers"
+                else:
+                    static.products(site, codes, scales, names)
+                    what += ", multiplied in integers"
+                result.change(what)
+        if planned is not None:
+            result.change("activation quantized", static.quantize(model, planned, scales, names))
+        return nbytes, size
+
+    def _stages(self, chosen: Sequence[tuple[Site, Way]]) -> list[list[tuple[Site, Way]]]:
+        """Layers whose statistics one run of the data gives."""
+        if not (self.sequential and self.rounding == "gptq"):
+            return [list(chosen)]
+        rows: list[list[tuple[Site, Way]]] = []
+        for each in chosen:
+            mine = {use.activation for use in each[0].uses}
+            if rows and mine == {use.activation for use in rows[-1][0][0].uses}:
+                rows[-1].append(each)
+            else:
+                rows.append([each])
+        return rows
+
+    def _statistics(self, model: ir.Model, stage: Sequence[tuple[Site, Way]], ctx: Context) -> Mapping[Any, Any]:
+        if self.rounding != "gptq":
+            return {}
+        return ctx.collect(model, {use.gram for site, _ in stage if site.calibrated for use in site.uses})
+
+    def _codes(self, site: Site, way: Way, statistics: Mapping[Any, Any], scales: static.Scales) -> Codes:
+        grid, granularity = way
+        clip = self.clip == "mse"
+        if self.rounding == "gptq" and site.calibrated and len({(u.order, u.grouped) for u in site.uses}) == 1:
+            gram = sum(_matrices(statistics[use.gram].products) for use in site.uses)
+            return rounding.gptq(
+                site.held,
+                site.uses[0],
+                np.asarray(gram),
+                grid,
+                granularity,
+                clip=clip,
+                order=self.order,
+                damp=self.damp,
+            )
+        least = static.least_scales(site, scales) if scales else None
+        return rounding.nearest(site.held, grid, granularity, clip=clip, least=least)
+
+
+def _matrices(products: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return products.reshape(-1, *products.shape[-2:])
+
+
+def _steps(start: int, count: int) -> list[int]:
+    """How many layers are kept: one after the other at first, then in steps of a third."""
+    found, step = [], start
+    while step < max(count, start + 1):
+        found.append(step)
+        step += max(1, step // 3)
+    return found
+
+
+def _nbytes(site: Site, way: Way | None) -> int:
+    """Bytes of a weight in a way, scales included."""
+    held = site.held
+    if way is None:
+        return held.nbytes
+    grid, granularity = way
+    groups = granularity.reduced(np.broadcast_to(np.zeros((), np.int8), site.shape), np.min).size
+    zeros = 0 if grid.symmetric else groups * grid.dtype.bitwidth / 8
+    return int(held.size * grid.dtype.bitwidth / 8 + groups * held.dtype.bitwidth / 8 + zeros)
