@@ -17,7 +17,7 @@ from graphc.axes.groups import Group, Groups, analyse
 from graphc.contract import Context, Effect, Needs, Pass, PassResult, option
 from graphc.edit import Array
 from graphc.errors import BadInput, nearest
-from graphc.pruning import allocation, compensation, masks
+from graphc.pruning import allocation, compensation, experts, masks
 from graphc.pruning.allocation import Keep, Limits
 from graphc.pruning.criteria import criterion
 from graphc.pruning.density import Setting
@@ -44,7 +44,7 @@ class Prune(Pass):
 
     What is least important is a choice of four, freely combined. Criteria, by what they need to know:
 
-    - weights: ``l1``, ``l2``; ``random``; ``router-distance`` (STUN, for experts);
+    - weights: ``l1``, ``l2``; ``random``; for experts ``stun`` (clusters of router rows) and ``router-distance``;
     - activations of the calibration data: ``activation`` (CFSP), ``mean-activation`` (AMP, neurons), ``wanda``,
       ``fluctuation`` and ``flap`` (FLAP); for experts ``frequency`` and ``mass`` (UNCURL);
     - how activations vary together: ``projection`` (AMP, heads), ``obs`` (what is lost when the rest makes up for it:
@@ -60,7 +60,8 @@ class Prune(Pass):
     the outputs along each group and solves for the least sum, ``evolution`` searches by the loss of the whole.
 
     Compensation, in the weights that read the units: ``mean`` (FLAP's bias), ``ls`` (least squares with an intercept,
-    never worse than the bias on the calibration data), ``obs`` (the same by optimal brain surgery), ``merge``.
+    never worse than the bias on the calibration data), ``obs`` (the same by optimal brain surgery), ``merge`` (similar
+    units; of experts, the mean of those whose router rows are near).
     """
 
     effect: ClassVar[Effect] = Effect.LOSSY
@@ -166,8 +167,11 @@ class Prune(Pass):
 
     def _write(self, model: ir.Model, groups: Groups, keep: Keep, ctx: Context, result: PassResult) -> None:
         """Write units dead, and let the rest make up for them."""
+        self._experts(groups, keep, result)
         if not self.sequential:
-            repairs = compensation.repairs(groups, keep, self.compensate, ctx.statistics, result)
+            # Experts are merged as they are, not through what reads them.
+            read = {n: m for n, m in keep.items() if self.compensate != "merge" or groups[n].kind != "expert"}
+            repairs = compensation.repairs(groups, read, self.compensate, ctx.statistics, result)
             cut.zero(model, groups, keep)
             compensation.apply(model, repairs, result)
             return
@@ -179,6 +183,24 @@ class Prune(Pass):
             repairs = compensation.repairs(groups, part, self.compensate, statistics, result)
             cut.zero(model, groups, part)
             compensation.apply(model, repairs, result)
+
+    def _experts(self, groups: Groups, keep: Keep, result: PassResult) -> None:
+        """Merge experts where asked, and say where a router gives the weights of removed ones to all others."""
+        for name, mask in keep.items():
+            group = groups[name]
+            if group.kind != "expert":
+                continue
+            if self.compensate == "merge":
+                why = experts.merged(groups, group, mask)
+                if why:
+                    result.refuse(name, why)
+                else:
+                    result.change("experts merged into those that stay", int(np.count_nonzero(~mask)))
+            if not experts.shares_out(groups, group):
+                result.note(
+                    "a router does not bring the weights of the chosen experts to a sum of 1: without some experts, "
+                    "those of the others change for every token"
+                )
 
     def _chosen(self, groups: Groups, result: PassResult) -> list[Group]:
         """The groups that the options name."""

@@ -20,7 +20,7 @@ from graphc.axes.groups import Group, Groups, Place
 from graphc.contract import Context, Needs
 from graphc.edit import Array
 from graphc.errors import BadInput, nearest
-from graphc.pruning import activations, curvature, probe, routers, taylor
+from graphc.pruning import activations, curvature, experts, probe, routers, taylor
 from graphc.pruning.projection import projection
 
 
@@ -190,5 +190,6 @@ CRITERIA: dict[str, Criterion] = {
     "loss": Criterion(probe.loss, "what the outputs lose without it, measured", _samples, scaled=True),
     "frequency": Criterion(routers.frequency, "how often a router chooses an expert", routers.needs),
     "mass": Criterion(routers.mass, "the weight that a router gives an expert (UNCURL)", routers.needs),
+    "stun": Criterion(experts.stun, "when its cluster of router rows has another representative (STUN)"),
     "router-distance": Criterion(routers.distance, "how far the router's row is from the nearest other (STUN)"),
 }

@@ -17,15 +17,20 @@ from graphc.stats import RoutingOf
 NO_ROUTER = "no TopK chooses among the units: it is no group of experts"
 
 
-def routing(groups: Groups, group: Group) -> RoutingOf | None:
-    """The request for what the router of a group of experts does; None where no TopK chooses among its units."""
+def choice(groups: Groups, group: Group) -> ir.Node | None:
+    """The TopK that chooses among the units of a group."""
     own = {group.leaf, *(group.numbers or ())}
     for fact in groups.trace.facts:
         node = fact.source
         if fact.what == "^" and edit.is_op(node, "TopK") and not own.isdisjoint(leaves(fact.axis)):
-            assert node is not None
-            return RoutingOf(node.outputs[1].name or "", group.size, _weights(node))
+            return node
     return None
+
+
+def routing(groups: Groups, group: Group) -> RoutingOf | None:
+    """The request for what the router of a group of experts does; None where no TopK chooses among its units."""
+    node = choice(groups, group)
+    return None if node is None else RoutingOf(node.outputs[1].name or "", group.size, _weights(node))
 
 
 def _weights(node: ir.Node) -> str:

@@ -13,7 +13,7 @@ from graphc import edit
 from graphc.axes.groups import Group, Groups, Place
 from graphc.contract import Context, Needs
 from graphc.edit import Array
-from graphc.pruning.consumers import consumers, obstacle
+from graphc.pruning.consumers import Consumer, consumers, obstacle
 from graphc.stats import Gradients, GradientsOf
 
 Saliency = Callable[[Array, Gradients], Array]
@@ -80,19 +80,24 @@ def heapr_needs(groups: Groups, chosen: Sequence[Group]) -> Needs:
 
 def heapr(groups: Groups, group: Group, context: Context) -> Array | str:
     """``E[x_j^2] w_jT G w_j`` with the mean Gram matrix ``G`` of the gradient by the consumer's output (HEAPr)."""
-    from graphc.pruning.activations import moments
-
     found = consumers(group)
     if not found:
         return obstacle(group)
     total: Array = np.zeros((*group.blocks, group.size))
     for each in found:
-        weight = each.matrices
-        seen = moments(each, context, weight.shape)
-        gradient = context.statistics[each.contraction.output_gradients]
-        products = gradient.products if gradient.products.ndim == 3 else gradient.products[None]
-        mean = products / np.maximum(np.atleast_1d(gradient.count), 1)[:, None, None]
-        energy = np.square(seen.rms)[:, None, :]
-        # The share of element (i, j) of w_jT G w_j is w_ij (G w_j)_i.
-        total = total + each.units(groups, group, energy * weight * np.matmul(mean, weight))
+        total = total + each.units(groups, group, heapr_elements(each, context))
     return total
+
+
+def heapr_elements(consumer: Consumer, context: Context) -> Array:
+    """The share that each element of a consumer's matrices has in HEAPr's score, in their shape."""
+    from graphc.pruning.activations import moments
+
+    weight = consumer.matrices
+    seen = moments(consumer, context, weight.shape)
+    gradient = context.statistics[consumer.contraction.output_gradients]
+    products = gradient.products if gradient.products.ndim == 3 else gradient.products[None]
+    mean = products / np.maximum(np.atleast_1d(gradient.count), 1)[:, None, None]
+    energy = np.square(seen.rms)[:, None, :]
+    # The share of element (i, j) of w_jT G w_j is w_ij (G w_j)_i.
+    return np.asarray(energy * weight * np.matmul(mean, weight))

@@ -40,7 +40,8 @@ class Loss:
         self._module = to_torch(clone)
         self._module.eval()
         held = {**dict(self._module.named_buffers()), **dict(self._module.named_parameters())}
-        by_name = {name: held[key] for key, name in self._module.meta["initializers"].items()}
+        # What only folded code read is no longer in the module.
+        by_name = {name: held[key] for key, name in self._module.meta["initializers"].items() if key in held}
         unread = [n for n in names if n not in self._values and n not in by_name]
         if unread:
             raise BadInput(f"there is no gradient by '{unread[0]}'", why="no output depends on it")
