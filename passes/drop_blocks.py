@@ -32,12 +32,17 @@ class DropBlocks(Pass):
     count: int = option(0, "How many units go.")
     ratio: float = option(0.0, "The part of the units that goes, from 0 to below 1; instead of a count.")
     unit: Literal["block", "branch"] = option("block", "What goes as one: a block, or one of its residual branches.")
-    criterion: Literal["influence", "angular", "probe", "taylor", "magnitude", "random"] = option(
+    criterion: Literal["influence", "angular", "probe", "taylor", "magnitude", "random", "depth"] = option(
         "influence",
         "How units are ranked: by 1 - cosine of what goes in and comes out, by the angle over that many consecutive "
-        "blocks, by what the outputs lose without them, by sum |weight * gradient|, or by mean |weight|.",
+        "blocks, by what the outputs lose without them, by sum |weight * gradient|, or by mean |weight|. 'depth' drops "
+        "as many of the last blocks as costs the outputs least, without a count.",
     )
-    metric: str = option("auto", "What 'probe' measures, as --max-drop; auto: perplexity of language models, or error.")
+    half: Literal["large", "small"] = option("large", "For 'depth': up to half of the blocks go, or at least half.")
+    metric: str = option(
+        "auto",
+        "What 'probe' and 'depth' measure, as --max-drop; auto: the loss of labels, perplexity, or the error.",
+    )
     greedy: bool = option(False, "For 'probe': choose each unit given those that went before.")
     first: int = option(0, "Blocks at the start of each chain that stay.")
     last: int = option(0, "Blocks at the end of each chain that stay.")
@@ -72,6 +77,8 @@ class DropBlocks(Pass):
         if self.unit == "branch" and (self.criterion == "angular" or self.replace != "none"):
             what = "criterion=angular" if self.criterion == "angular" else f"replace={self.replace}"
             raise BadInput(f"{what} is for whole blocks", where=where, hint="leave unit=branch out")
+        if self.criterion == "depth" and (self.count or self.ratio or self.unit == "branch" or self.replace != "none"):
+            raise BadInput("criterion=depth counts the blocks itself", where=where, hint="leave count and the like out")
         if self.greedy and self.criterion != "probe":
             raise BadInput("greedy is for criterion=probe", where=where)
 
@@ -88,6 +95,12 @@ class DropBlocks(Pass):
         structure = find(model)
         every = scores.units(structure.blocks, self.unit)
         wanted = self._wanted(len(every))
+        if self.criterion == "depth" and every:
+            longest = max(structure.chains, key=len)
+            last = self._droppable_end(longest, self._candidates(structure.chains, every, result))
+            wanted = scores.depth(model, last, self.metric, self.half, ctx) if len(last) > 1 else 0
+            self._drop(model, structure.chains, last[len(last) - wanted :], ctx, result)
+            return result
         if not every:
             result.refuse("", "no residual branch was found")
         elif not wanted:
@@ -103,6 +116,16 @@ class DropBlocks(Pass):
             result.refuse("", f"only {len(chosen)} of {wanted} can go: the rest is kept by options or cannot be zero")
         self._drop(model, structure.chains, chosen, ctx, result)
         return result
+
+    def _droppable_end(self, chain: Sequence[Block], candidates: Sequence[Unit]) -> list[Unit]:
+        """The units at the end of a chain of which none must stay."""
+        allowed = {id(unit.block): unit for unit in candidates}
+        found: list[Unit] = []
+        for block in reversed(chain):
+            if id(block) not in allowed:
+                break
+            found.insert(0, allowed[id(block)])
+        return found
 
     def _wanted(self, units: int) -> int:
         return min(self.count or round(self.ratio * units), units)

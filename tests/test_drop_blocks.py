@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from graphc.errors import BadInput
 from graphc.model import parameters
 from graphc.passes.drop_blocks import DropBlocks
 from graphc.passes.shrink import Shrink
+from graphc.recipe import Recipe
 from graphc.stats import Collector
 
 CONTEXT = Context(Capabilities("portable", 10, {"": 21}))
@@ -445,6 +447,23 @@ def test_angular_takes_consecutive_blocks() -> None:
     assert blocks[-1] - blocks[0] == 2
 
 
+@pytest.mark.parametrize(("half", "counts"), [("large", [1, 2]), ("small", [2, 3])])
+def test_depth_drops_the_end_where_the_loss_is_least(half: str, counts: list[int]) -> None:
+    model, given = pre_norm(4), samples()
+    labels = [np.random.default_rng(i).integers(0, 5, (2, 7)) for i in range(4)]
+    right = np.concatenate(labels)
+
+    def loss(of: ir.Model) -> float:
+        scores = outputs(of, given).astype(np.float64)
+        logs = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+        return -float(np.take_along_axis(logs, right[..., None], -1).mean())
+
+    losses = {n: loss(without(model, range(8 - 2 * n, 8))[0]) for n in counts}
+    best = min(losses, key=lambda n: losses[n])
+    gone, _ = dropped(model, context(given, labels), criterion="depth", half=half)
+    assert gone == [f"layers.{i}#{k}" for i in range(4 - best, 4) for k in (0, 1)]
+
+
 def test_ends_and_patterns_are_kept() -> None:
     ctx = CONTEXT
     gone, _ = dropped(pre_norm(5), ctx, count=2, criterion="magnitude", first=2, last=1)
@@ -589,6 +608,7 @@ def test_what_cannot_be_zeroed_is_refused() -> None:
         ({"unit": "branch", "criterion": "angular"}, "whole blocks"),
         ({"unit": "branch", "replace": "linear"}, "whole blocks"),
         ({"greedy": True}, "criterion=probe"),
+        ({"count": 1, "criterion": "depth"}, "counts the blocks itself"),
         ({"merge": 1}, "merge cannot be 1"),
         ({"ridge": -1.0}, "ridge cannot be -1"),
     ],
@@ -673,3 +693,32 @@ def test_the_gate_gives_blocks_back(tmp_path: Path) -> None:
     assert len(find(ir.load(out)).blocks) == 1
     assert main([*common, "--max-drop", "error=1e-9"]) == 0
     assert len(find(ir.load(out)).blocks) == 4
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "shortgpt",
+        "shortened-llama",
+        pytest.param("shortened-llama-taylor", marks=pytest.mark.slow),
+        "uidl",
+        "replaceme",
+        "laco",
+        "laco-released",
+        "l3prune",
+    ],
+)
+def test_presets_make_a_shallower_model(name: str) -> None:
+    if name.endswith("taylor"):
+        pytest.importorskip("torch")
+    recipe = Recipe.named(name)
+    assert "20" in recipe.description
+    model, ctx = pre_norm(8), context(samples(2))
+    changes = []
+    for step in recipe.passes:
+        if isinstance(step, DropBlocks) and step.replace in ("sum", "last"):
+            step = dataclasses.replace(step, threshold=-1.0)
+        changes += step.run(model, ctx).changes
+    assert changes
+    left = len(find(model).blocks)
+    assert left == 6 if name != "l3prune" else 4 <= left < 8

@@ -20,6 +20,7 @@ from graphc.passes.prune import Prune
 from graphc.passes.shrink import Shrink
 from graphc.passes.sort_experts import SortExperts
 from graphc.pruning import experts
+from graphc.recipe import Recipe
 from graphc.stats import Collector
 
 CONTEXT = Context(Capabilities("portable", 10, {"": 21}))
@@ -279,6 +280,17 @@ def test_a_trained_mixture_computes_the_same_in_another_order() -> None:
     assert before - parameters(sorted_model) == 3 * 64 * 8 * 3 * 128
 
 
+@pytest.mark.parametrize("name", ["stun", "uncurl"])
+def test_presets_leave_three_of_four_experts(name: str) -> None:
+    recipe = Recipe.named(name)
+    assert "20" in recipe.description
+    model = mixture()
+    for step in recipe.passes:
+        run(step, model)
+    assert arrays(model)["up"].shape == (3, NEURONS, WIDTH)
+    assert name != "stun" or (arrays(model)["up"] == 0).mean() > 0.3
+
+
 @pytest.mark.slow
 def test_atomic_experts_are_better_than_whole_ones() -> None:
     """At equal parameters, in cross-entropy on text of this repository that was not calibrated on."""
@@ -290,7 +302,7 @@ def test_atomic_experts_are_better_than_whole_ones() -> None:
     losses = {}
     for name, steps in {
         "whole": [Prune(kinds=("expert",), ratio=0.25, criterion="frequency")],
-        "atomic": [SortExperts(), Prune(kinds=("neuron",), ratio=0.25, criterion="heapr", allocate="global")],
+        "atomic": [step for step in Recipe.named("heapr").passes if step.name != "simplify"],
     }.items():
         model = ir.load(DATA / "tiny_mixtral_bytes.onnx")
         for step in steps:

@@ -17,6 +17,7 @@ from graphc.cli import main
 from graphc.contract import Capabilities, Context, PassResult
 from graphc.errors import BadInput
 from graphc.passes.sparsify import Sparsify
+from graphc.recipe import Recipe
 from graphc.sparsity.curve import Curve, shared_threshold
 from graphc.sparsity.pattern import Pattern, erk, lowest_gone, n_of_m, outliers
 from graphc.sparsity.ratios import BUCKETS, knapsack
@@ -515,3 +516,19 @@ def test_orderings_on_a_trained_network() -> None:
         accuracy[name] = float((logits.argmax(-1) == data["test_y"]).mean())
     assert accuracy["magnitude"] < accuracy["sparsegpt"]
     assert accuracy["free"] >= accuracy["sparsegpt"] - 0.01
+
+
+PRESETS = "magnitude-global lamp erk rd-dp-weights wanda wanda-2-4 sparsegpt sparsegpt-2-4 owl mosaic".split()
+
+
+@pytest.mark.parametrize("name", [*PRESETS, pytest.param("gblm", marks=pytest.mark.slow)])
+def test_presets_write_half_of_the_weights_to_zero(name: str) -> None:
+    if name == "gblm":
+        pytest.importorskip("torch")
+    recipe = Recipe.named(name)
+    assert "20" in recipe.description
+    model = network()
+    for step in recipe.passes:
+        step.run(model, context(given_ids()))
+    zeros = sum(int((array == 0).sum()) for key, array in arrays(model).items() if key.startswith("w"))
+    assert abs(zeros - 448) <= (128 if name == "rd-dp-weights" else 8)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -24,7 +25,9 @@ class Probe:
         model: The model; it is not changed.
         branches: The branches that can be switched off.
         samples: What it runs on.
-        metric: See ``graphc.checking.metrics``; "auto" is perplexity for a language model, else the outputs' error.
+        metric: See ``graphc.checking.metrics``; "auto" is by how much the cross-entropy with the labels rises, where
+            there are some; perplexity for a language model; else the outputs' error.
+        labels: The class of each position of the first output, an array of integers for every sample; or none.
         progress: ``progress(what, done, total)``.
 
     Raises:
@@ -38,6 +41,7 @@ class Probe:
         samples: Sequence[Arrays],
         metric: str,
         progress: Callable[[str, int, int], None],
+        labels: Sequence[edit.Array] = (),
     ) -> None:
         from graphc import runtime
 
@@ -48,15 +52,17 @@ class Probe:
         self._session = runtime.session(gated, optimise=not big, frugal=big)
         self._read = set(self._session.input_names)
         self._whole = self._outputs(())
-        self._metric = self._named(metric)
+        self._metric = self._named(metric, labels)
 
     def __call__(self, off: Collection[Branch]) -> float:
         """The metric without these branches."""
         return self._metric(self._whole, self._outputs(off), self._samples)
 
-    def _named(self, name: str) -> Metric:
+    def _named(self, name: str, labels: Sequence[edit.Array]) -> Metric:
         if name != "auto":
             return metrics.metric(name)
+        if len(labels) and all(array.dtype.kind in "iu" for array in labels):
+            return partial(_rise, labels)
         try:
             metrics.perplexity(self._whole[:1], self._whole[:1], self._samples[:1])
         except BadInput:
@@ -75,6 +81,28 @@ class Probe:
             fed = {name: array for name, array in sample.items() if name in self._read}
             found.append(self._session.run({**fed, self._gates: gates}))
         return found
+
+
+def _rise(
+    labels: Sequence[edit.Array],
+    reference: Sequence[Mapping[str, edit.Array]],
+    outputs: Sequence[Mapping[str, edit.Array]],
+    inputs: Sequence[Arrays],
+) -> float:
+    """By how much the mean cross-entropy of the first output ``(..., classes)`` with its labels rises."""
+    losses = []
+    for cases in (reference, outputs):
+        total, count = 0.0, 0
+        for case, right in zip(cases, labels, strict=True):
+            scores = next(a for a in case.values() if a.dtype.kind == "f").astype(np.float64)
+            if scores.shape[:-1] != right.shape:
+                raise BadInput(f"the labels have shape {right.shape}, the output {scores.shape}")
+            scores = scores - scores.max(axis=-1, keepdims=True)
+            logs = scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))
+            total -= float(np.take_along_axis(logs, right[..., None].astype(np.int64), -1).sum())
+            count += right.size
+        losses.append(total / max(count, 1))
+    return losses[1] - losses[0]
 
 
 def _gated(model: ir.Model, branches: Sequence[Branch]) -> tuple[ir.Model, str]:

@@ -108,7 +108,7 @@ def probed(model: ir.Model, found: Sequence[Unit], count: int, metric: str, gree
         ctx: The context.
     """
     branches = [branch for unit in found for branch in unit.branches]
-    probe = Probe(model, branches, ctx.calibration, metric, ctx.progress)
+    probe = Probe(model, branches, ctx.calibration, metric, ctx.progress, ctx.labels)
     gone: list[Unit] = []
     scores: dict[str, float] = {}
     while True:
@@ -121,6 +121,26 @@ def probed(model: ir.Model, found: Sequence[Unit], count: int, metric: str, gree
     probe.close()
     ranks = {unit.name: -np.inf if unit in gone else scores[unit.name] for unit in found}
     return [ranks[unit.name] for unit in found]
+
+
+def depth(model: ir.Model, found: Sequence[Unit], metric: str, half: str, ctx: Context) -> int:
+    """How many of the last units to drop, where the loss without them is least (L3Prune, 2024).
+
+    Args:
+        model: The model.
+        found: The units of one chain, in order, of which any number may be taken from the end.
+        metric: What is measured, see :class:`Probe`.
+        half: "large" drops up to half of them, "small" at least half.
+        ctx: The context.
+    """
+    probe = Probe(
+        model, [b for unit in found for b in unit.branches], ctx.calibration, metric, ctx.progress, ctx.labels
+    )
+    middle = len(found) // 2
+    counts = range(1, middle + 1) if half == "large" else range(max(middle, 1), len(found))
+    losses = {n: probe([b for unit in found[len(found) - n :] for b in unit.branches]) for n in counts}
+    probe.close()
+    return min(losses, key=lambda n: (losses[n], -n)) if losses else 0
 
 
 def taylor(found: Sequence[Unit], model: ir.Model, ctx: Context) -> list[float]:

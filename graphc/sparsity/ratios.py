@@ -57,7 +57,7 @@ def by_outliers(
 def by_curves(
     model: ir.Model, layers: Sequence[Layer], ratio: float, levels: int, most: float, how: How, ctx: Context
 ) -> list[float]:
-    """What a dynamic programme over measured errors says (RD layer-adaptive pruning, 2024).
+    """What a dynamic programme over measured errors says (rate-distortion layer-adaptive pruning, 2023).
 
     Of each layer alone, several parts are written to zero and the squared error of the outputs is measured. The errors
     are taken to add up; the parts are chosen so that their sum is least while enough goes of the whole.
