@@ -110,11 +110,13 @@ class Judge:
         big = runtime.constants_nbytes(model) > runtime.BIG
         return runtime.session(model, optimise=False, frugal=big)
 
-    def _outputs(self, session: Session, what: str) -> list[dict[str, Any]]:
+    def _outputs(self, session: Session, what: str, model: ir.Model | None = None) -> list[dict[str, Any]]:
+        from graphc.checking.interface import fitting
+
         found = []
         for i, arrays in enumerate(self._inputs):
             self._progress(what, i, len(self._inputs))
-            found.append(session.run(arrays))
+            found.append(session.run(arrays if model is None else fitting(model, arrays)))
         session.close()
         return found
 
@@ -124,10 +126,16 @@ class Judge:
         Raises:
             BadInput: The candidate does not run, or a metric cannot be computed from these outputs.
         """
+        from graphc.checking.interface import renames
         from graphc.checking.metrics import metric
 
-        found = self._outputs(self._session(candidate), "running the candidate")
-        return {name: metric(name)(self._wanted, found, self._inputs) for name in dict.fromkeys(metrics)}
+        found = self._outputs(self._session(candidate), "running the candidate", candidate)
+        wanted: Sequence[Mapping[str, Any]] = self._wanted
+        if (old := renames(candidate)) is not None:
+            # What went with the user's leave is no loss.
+            found = [{old.get(name, name): array for name, array in case.items()} for case in found]
+            wanted = [{n: a for n, a in case.items() if n in got} for case, got in zip(wanted, found, strict=True)]
+        return {name: metric(name)(wanted, found, self._inputs) for name in dict.fromkeys(metrics)}
 
 
 def _quantity(text: str, units: dict[str, float] | dict[str, int], flag: str, example: str) -> tuple[float, bool]:

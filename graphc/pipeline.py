@@ -417,8 +417,10 @@ class _Work:
     def checker(self, reference: ir.Model) -> Checker:
         """A checker whose reference is the given model."""
         from graphc.checking import Checker
+        from graphc.checking.interface import fitting
 
-        return Checker(reference, data=self.samples, seed=self.settings.seed, progress=self.progress)
+        data = [fitting(reference, each) for each in self.samples]
+        return Checker(reference, data=data, seed=self.settings.seed, progress=self.progress)
 
     def run(self, passes: Sequence[Pass], done: Done | None) -> Done:
         """Run passes on the loaded model, or on what was resumed; what is in the cache is not done again."""

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from graphc import edit
 from graphc.contract import Context, Effect, Needs, Pass, PassResult, option
-from graphc.depth import collapse, linear, scores
+from graphc.depth import collapse, linear, scores, slots
 from graphc.depth.scores import Unit
 from graphc.depth.silence import Silencing
 from graphc.depth.structure import Block, find
@@ -50,6 +50,11 @@ class DropBlocks(Pass):
         (), "Patterns of block, branch or weight names that may go; all if none is given."
     )
     exclude: tuple[str, ...] = option((), "Patterns of block, branch or weight names that stay.")
+    allow_interface: bool = option(
+        False,
+        "Whether inputs and outputs of the model go with the blocks that they belong to, as caches of keys and values; "
+        "those of later blocks are then counted anew.",
+    )
     replace: Literal["none", "linear", "sum", "last"] = option(
         "none",
         "What stands in for the blocks that go: nothing; the best linear map, in the projection before them; or, for "
@@ -212,9 +217,20 @@ class DropBlocks(Pass):
             silencing.write(model)
         for unit in chosen:
             result.change(f"{self.unit} {unit.name} written to zero")
-        for unit in chosen:
-            for out in {out.name: out for branch in unit.branches for out in branch.exits}.values():
-                result.refuse(out.name or "", "an output of the model: what computes it stays, though nothing reads it")
+        self._exits(model, chosen, result)
+
+    def _exits(self, model: ir.Model, chosen: Sequence[Unit], result: PassResult) -> None:
+        """Outputs of the model that belong to what goes leave with it, or stay, where that is not allowed."""
+        with_exits = [branch for unit in chosen for branch in unit.branches if branch.exits]
+        if not with_exits:
+            return
+        if self.allow_interface:
+            result.change("input or output removed", len(slots.remove(model, with_exits)))
+            return
+        for out in {out.name or "": out for branch in with_exits for out in branch.exits}:
+            result.refuse(
+                out, "an output of the model: what computes it stays, though no block reads it (allow-interface)"
+            )
 
     def _fits(
         self,
@@ -258,6 +274,7 @@ class DropBlocks(Pass):
         """LaCo: from the end of each chain on, merge blocks into the one before them while the end stays similar."""
         allowed = {id(unit.block) for unit in candidates}
         original = model.clone()
+        merged: list[Unit] = []
         dropped = 0
         for number, chain in enumerate(chains):
             at = len(chain) - self.merge
@@ -275,10 +292,12 @@ class DropBlocks(Pass):
                     at -= 1
                     continue
                 _collapsed(model, chain[at : at + size], self.replace)
+                merged += [unit for unit in candidates if any(unit.block is b for b in chain[at + 1 : at + size])]
                 dropped += size - 1
                 names = ", ".join(block.name for block in chain[at + 1 : at + size])
                 result.change(f"{names} merged into {chain[at].name}")
                 at -= self.merge
+        self._exits(model, merged, result)
         if dropped < wanted:
             result.refuse("", f"only {dropped} of {wanted} blocks were merged: lower the threshold or the merge size")
 

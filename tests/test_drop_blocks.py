@@ -565,6 +565,69 @@ def test_a_merge_that_changes_too_much_does_not_stand() -> None:
     np.testing.assert_array_equal(outputs(model, samples()), before)
 
 
+def interface(model: ir.Model) -> tuple[list[str], list[str]]:
+    return [v.name or "" for v in model.graph.inputs], [v.name or "" for v in model.graph.outputs]
+
+
+def test_caches_stay_unless_the_interface_may_change() -> None:
+    model = pre_norm(3, cache=True)
+    before = interface(model)
+    _, result = dropped(model, count=1, criterion="random", include=("layers.1",))
+    assert interface(model) == before
+    assert [(r.node, r.count) for r in result.refusals] == [("present.1.key", 2)]
+    assert "allow-interface" in result.refusals[0].reason
+
+
+def test_caches_of_a_layer_that_goes_leave_and_the_others_are_counted_anew() -> None:
+    model = pre_norm(4, cache=True)
+    plain = model.clone()
+    dropped(plain, count=1, criterion="random", include=("layers.1",))
+    step = DropBlocks(count=1, criterion="random", include=("layers.1",), allow_interface=True)
+    result = step.run(model, CONTEXT)
+    assert result.changes == ["block layers.1 written to zero", "input or output removed (×4)"]
+    inputs, names = interface(model)
+    kinds = [f"{i}.{kind}" for i in range(3) for kind in ("key", "value")]
+    assert inputs == ["x", *(f"past.{kind}" for kind in kinds)]
+    assert names == ["y", *(f"present.{kind}" for kind in kinds)]
+    Shrink().run(model, CONTEXT)
+    assert not [n for n in model.graph.initializers if n.startswith("layers.1.")]
+    random = np.random.default_rng(0)
+    old = {v.name: [SIZES.get(str(d), d) for d in v.shape] for v in plain.graph.inputs}
+    given = {name: random.normal(size=shape).astype(np.float32) for name, shape in old.items()}
+    want = runtime.session(plain, optimise=False).run(given)
+    moved = {0: 0, 1: 2, 2: 3}
+    fed = {"x": given["x"]}
+    for new, was in moved.items():
+        fed |= {f"past.{new}.{kind}": given[f"past.{was}.{kind}"] for kind in ("key", "value")}
+    got = runtime.session(model, optimise=False).run(fed)
+    np.testing.assert_allclose(got["y"], want["y"], atol=1e-5)
+    for new, was in moved.items():
+        for kind in ("key", "value"):
+            np.testing.assert_allclose(got[f"present.{new}.{kind}"], want[f"present.{was}.{kind}"], atol=1e-5)
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_a_model_with_fewer_caches_is_checked_measured_and_written(data: bool, tmp_path: Path) -> None:
+    path, out = tmp_path / "m.onnx", tmp_path / "o.onnx"
+    model = pre_norm(4, cache=True)
+    ir.save(model, path)
+    recipe = "drop-blocks{count=2 criterion=magnitude first=1 last=1 allow-interface=true},shrink"
+    flags = ["--max-drop", "error=5", "--report", str(tmp_path / "r.json"), "-q"]
+    if data:
+        random = np.random.default_rng(0)
+        shapes = {v.name: [SIZES.get(str(d), d) for d in v.shape] for v in model.graph.inputs}
+        arrays = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+        np.savez(tmp_path / "d.npz", **arrays)
+        flags += ["--data", str(tmp_path / "d.npz")]
+    assert main(["optimize", str(path), "-o", str(out), "-p", recipe, *flags]) == 0
+    written = ir.load(out)
+    assert len(written.graph.inputs) == 5
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["rewrite"]["checked"] and report["rewrite"]["ok"]
+    assert 0 < report["approximation"]["error"] < 5
+    assert not [each for each in report["passes"] if each["error"]]
+
+
 def test_quantized_weights_become_their_zero_point() -> None:
     net = Net()
     h = net.linear("x", "embed.first")

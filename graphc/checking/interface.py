@@ -1,8 +1,53 @@
-"""What a model declares to its callers: names, dtypes and shapes of inputs and outputs."""
+"""What a model declares to its callers: names, dtypes and shapes of inputs and outputs.
+
+A lossy pass may be allowed to take inputs and outputs away (the caches of layers that go) and to number the others
+anew. The model then says in its metadata what they were called, so that it can be run on data for the model as it came.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 import onnx_ir as ir
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+RENAMED = "graphc.interface"
+"""Metadata of a model with fewer inputs or outputs than it came with: old names by new ones, as JSON."""
+
+
+def shrunk(model: ir.Model, renamed: Mapping[str, str]) -> None:
+    """Note that inputs or outputs of a model went, and what others of them are now called.
+
+    Args:
+        model: The model.
+        renamed: The name that each had, by the name that it has.
+    """
+    known = renames(model) or {}
+    kept = {new: old for new, old in known.items() if new not in renamed.values()}
+    found = kept | {new: known.get(old, old) for new, old in renamed.items()}
+    model.metadata_props[RENAMED] = json.dumps(found, sort_keys=True)
+
+
+def renames(model: ir.Model) -> dict[str, str] | None:
+    """What inputs and outputs with new names were called as the model came; None where nothing went."""
+    text = model.metadata_props.get(RENAMED)
+    if text is None:
+        return None
+    found: dict[str, str] = json.loads(text)
+    return found
+
+
+def fitting(model: ir.Model, arrays: Mapping[str, Array]) -> Mapping[str, Array]:
+    """Inputs for the model as it came, as those that it has now."""
+    old = renames(model)
+    if old is None:
+        return arrays
+    names = [v.name or "" for v in model.graph.inputs]
+    return {name: arrays[old.get(name, name)] for name in names if old.get(name, name) in arrays}
 
 
 def difference(reference: ir.Model, candidate: ir.Model) -> str:
