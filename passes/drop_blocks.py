@@ -221,13 +221,11 @@ class DropBlocks(Pass):
 
     def _exits(self, model: ir.Model, chosen: Sequence[Unit], result: PassResult) -> None:
         """Outputs of the model that belong to what goes leave with it, or stay, where that is not allowed."""
-        with_exits = [branch for unit in chosen for branch in unit.branches if branch.exits]
-        if not with_exits:
-            return
+        branches = [branch for unit in chosen for branch in unit.branches]
         if self.allow_interface:
-            result.change("input or output removed", len(slots.remove(model, with_exits)))
+            result.change("input or output removed", len(slots.remove(model, branches)))
             return
-        for out in {out.name or "": out for branch in with_exits for out in branch.exits}:
+        for out in {out.name or "": out for branch in branches for out in branch.exits}:
             result.refuse(
                 out, "an output of the model: what computes it stays, though no block reads it (allow-interface)"
             )

@@ -23,6 +23,7 @@ def remove(model: ir.Model, branches: Sequence[Branch]) -> list[str]:
     from graphc.checking.interface import shrunk
 
     graph = model.graph
+    read = {value: len(value.uses()) for value in graph.inputs}
     for branch in branches:
         _cut(branch)
     gone = {id(out) for branch in branches for out in branch.exits}
@@ -30,30 +31,35 @@ def remove(model: ir.Model, branches: Sequence[Branch]) -> list[str]:
     kept = [out for out in graph.outputs if id(out) not in gone]
     graph.outputs.clear()
     graph.outputs.extend(kept)
-    fed = {id(v) for v in graph.inputs if v.uses()}
     RemoveUnusedNodesPass()(model)
-    unread = [v for v in graph.inputs if id(v) in fed and not v.uses() and not v.is_graph_output()]
-    names += [v.name or "" for v in unread]
-    for value in unread:
-        graph.inputs.remove(value)
-    shrunk(model, _renumber(model, names))
+    less = [v for v in graph.inputs if len(v.uses()) < read[v] and not v.is_graph_output()]
+    for value in less:
+        _size_from_another(value, [v for v in graph.inputs if v not in less])
+        if not value.uses():
+            names.append(value.name or "")
+            graph.inputs.remove(value)
+    if names:
+        shrunk(model, _renumber(model, names))
     return names
 
 
 def _cut(branch: Branch) -> None:
-    """Let the sum be without a branch."""
-    node = branch.node
-    rest = [v for v in node.inputs if v is not branch.value]
-    graph = node.graph
-    assert graph is not None
-    if len(rest) == 1 and rest[0] is not None and edit.replace(node.outputs[0], rest[0]):
+    """Let sums be without a branch; where one is an output of the model and cannot, its zeros stay."""
+    for use in list(branch.value.uses()):
+        rest = [v for v in use.node.inputs if v is not branch.value]
+        if len(rest) == 1 and rest[0] is not None and edit.is_op(use.node, "Add", "Sum"):
+            edit.replace(use.node.outputs[0], rest[0])
+
+
+def _size_from_another(value: ir.Value, others: Sequence[ir.Value]) -> None:
+    """Where only the sizes of a cache are still read, read those of another layer's."""
+    if not all(edit.is_op(use.node, "Shape") for use in value.uses()) or value.shape is None:
         return
-    for i, value in enumerate(node.inputs):
-        if value is branch.value:
-            held = ir.Value(name=f"{value.name}.none")
-            like = ir.Node("", "Sub", [branch.stream, branch.stream], outputs=[held], name=held.name)
-            graph.insert_before(node, like)
-            node.replace_input_with(i, held)
+    for other in others:
+        if other.type == value.type and other.shape == value.shape and len(value.shape) > 2:
+            for use in list(value.uses()):
+                use.node.replace_input_with(0, other)
+            return
 
 
 def _renumber(model: ir.Model, gone: Sequence[str]) -> dict[str, str]:
