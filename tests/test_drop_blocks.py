@@ -535,6 +535,16 @@ def test_where_no_map_fits_the_run_is_dropped_and_it_says_why() -> None:
     gone, result = dropped(post_norm(), context(samples()), count=1, replace="linear", include=("layers.1",))
     assert gone == ["layers.1#0", "layers.1#1"]
     assert "a normalisation or an activation stands between" in result.refusals[0].reason
+    net = Net()
+    h = net.linear("x", "embed.first")
+    for i in range(3):
+        h = net.op("Add", h, net.attention(net.norm(h, f"layers.{i}.n1"), f"layers.{i}.attention"))
+        h = net.op("Add", h, net.op("Relu", net.linear(net.norm(h, f"layers.{i}.n2"), f"layers.{i}.mlp")))
+    net.op("Identity", h, out="y")
+    model = net.model(SEQUENCE, {"y": ["n", "s", WIDTH]})
+    # The projection of attention is no substitute: the MLP after it reads what it adds.
+    _, result = dropped(model, context(samples()), count=1, replace="linear", include=("layers.1",))
+    assert "does not end with a projection" in result.refusals[0].reason
     _, result = dropped(pre_norm(), context(samples()), count=1, replace="linear", include=("layers.0",))
     assert "no block comes before it" in result.refusals[0].reason
 

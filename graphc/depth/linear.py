@@ -116,8 +116,11 @@ def _followed(held: ir.TensorProtocol, difference: Array, transposed: bool) -> i
 
 
 def before(block: Block) -> tuple[Projection | None, str]:
-    """The projection that can stand in for what follows ``block``'s end; else None and why there is none."""
-    for branch in reversed(block.branches):
+    """The projection that can stand in for what follows ``block``'s end; else None and why there is none.
+
+    It is one of the last sum: what an earlier one adds is also read by the branches after it.
+    """
+    for branch in reversed(block.sums[-1].branches):
         found = Projection.of(branch.value)
         if found is not None:
             if not _one_reader(branch.value, branch.node):
