@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import re
 import shutil
@@ -77,7 +78,7 @@ def prepare(archs: tuple[str, ...]) -> None:
     Raises:
         BadInput: The compiler or TVM's CUDA library is missing.
     """
-    import tvm_ffi
+    tvm_ffi: Any = importlib.import_module("tvm_ffi")
 
     compiler = nvcc()
     library = install.library(RUNTIME)

@@ -7,6 +7,7 @@ and another model with the same nest knows the answer.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import time
@@ -131,7 +132,7 @@ def tune(module: Any, target: Any, budget: Budget, progress: Progress) -> dict[s
 
 def _tasks(module: Any, target: Any, machine: Machine) -> list[Task]:
     """The contractions of a module; equal ones once."""
-    import tvm_ffi
+    tvm_ffi: Any = importlib.import_module("tvm_ffi")
 
     calls = _calls(module)
     found: dict[int, Task] = {}
@@ -164,7 +165,7 @@ def _calls(module: Any) -> dict[str, int]:
 
 
 def _workload(function: Any, target: Any) -> dict[str, Any]:
-    import tvm_ffi
+    tvm_ffi: Any = importlib.import_module("tvm_ffi")
 
     return {
         "nest": str(tvm_ffi.structural_hash(function)),
