@@ -77,7 +77,9 @@ def _all(group: Group) -> Iterator[Consumer | str]:
                     yield found
             elif found.weight is place.value and found.axis == place.axis:
                 held = edit.tensor(place.value)
-                if held is not None and held.dtype.is_floating_point():
+                if found.rows.by and len(list(place.value.uses())) > 1:
+                    yield "the weight that a router picks is read elsewhere, too"
+                elif held is not None and held.dtype.is_floating_point():
                     yield Consumer(place, found)
                 else:
                     yield "the weight is quantized"
