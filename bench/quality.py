@@ -35,7 +35,7 @@ Row = dict[str, Any]
 
 WINDOWS = 6
 """Windows of the held-out text that perplexity is read on."""
-CALIBRATION = 16
+CALIBRATION = 8
 """Windows of the calibration text."""
 
 
@@ -218,16 +218,18 @@ def page(document: Mapping[str, Any]) -> str:
             f"## {name}",
             "",
             f"Dense: {found['metric']} {found['dense']['quality']:.4g}, {found['dense']['parameters']:,} parameters. "
-            f"Machine: {found['machine']}. Latency is that of ONNX Runtime, after / before.",
+            f"Machine: {found['machine']}. Latency is that of ONNX Runtime, after / before; "
+            "empty where the machine was not quiet.",
             "",
             f"| removed | method | {found['metric']} | parameters | latency | seconds |",
             "| ---: | --- | ---: | ---: | ---: | ---: |",
         ]
         for row in found["rows"]:
             part = row["parameters"] / found["dense"]["parameters"]
+            latency = "" if row["latency"] is None else f"{row['latency']:.2f}"
             lines.append(
                 f"| {row['ratio']:.0%} | {row['variant']} | {row['quality']:.4g} | {part:.2f} "
-                f"| {row['latency']:.2f} | {row['seconds']:.0f} |"
+                f"| {latency} | {row['seconds']:.0f} |"
             )
         lines.append("")
     return "\n".join(lines)
