@@ -35,6 +35,9 @@ MODELS = (
     "smollm2-dynamo",
 )
 WHOLE = ("Attention", "MultiHeadAttention", "GroupQueryAttention")
+LIMIT = 120
+"""Seconds that a tool has for a model."""
+
 LENGTHS = {"smollm2-dynamo": (128, 512)}
 """Lengths of the sequence, where not those of the catalog's first case and twice that."""
 
@@ -68,7 +71,11 @@ def variants(original: Path, folder: Path) -> tuple[dict[str, Path], dict[str, s
     for number, (name, command) in enumerate(commands.items()):
         out = folder / f"{number}.onnx"
         arguments = [str(original), "-o", str(out)] if name == "graphc" else [str(original), str(out)]
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            failed[name] = f"not done after {LIMIT} s"
+            continue
         if done.returncode == 0 and out.exists():
             made[name] = out
         else:
@@ -185,8 +192,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="models to measure; default: all")
     parser.add_argument("--seconds", type=float, default=8, help="time for each model and input (8)")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / "fuse.json", help="result file; the table stands beside it"
+    )
     arguments = parser.parse_args()
-    path = RESULTS / "fuse.json"
+    path = arguments.out
     models = json.loads(path.read_text())["models"] if arguments.names and path.exists() else []
     for name in arguments.names or MODELS:
         if not cache.model(name).exists():
