@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphc import edit
-from graphc.shapes.symbolic import RESERVED, UNNAMED, Dim, Expr, plain_name, symbol
+from graphc.shapes.symbolic import RESERVED, UNNAMED, Dim, Expr, add, plain_name, symbol
 
 Shape = tuple[Dim, ...]
 Items = tuple[Dim | None, ...]
@@ -99,6 +99,7 @@ class Facts:
         self._known: dict[ir.Value, Fact] = {}
         self._arrays: dict[ir.Value, edit.Array | None] = {}
         self._count = 0
+        self._names = {str(dim.value) for v in model.graph.inputs for dim in v.shape or () if not isinstance(dim, int)}
         for value in model.graph.inputs:
             self._known[value] = self._input(value)
 
@@ -171,10 +172,20 @@ class Facts:
             if isinstance(dim, int):
                 dims.append(dim if dim >= 0 else self.fresh())
             elif dim.value and dim.value.lower() not in _ANONYMOUS and dim.value[0] not in RESERVED:
-                dims.append(symbol(dim.value))
+                dims.append(self._named(dim.value))
             else:
                 dims.append(self.fresh())
         return Fact(value.dtype, tuple(dims))
+
+    def _named(self, name: str) -> Dim:
+        """The size of a dim of an input by its name; ``past + new`` is a sum where inputs have dims of these names."""
+        parts = [part.strip() for part in name.split("+")]
+        if len(parts) < 2 or any(part not in self._names and not part.isdigit() for part in parts):
+            return symbol(name)
+        total: Dim = 0
+        for part in parts:
+            total = add(total, int(part) if part.isdigit() else symbol(part))
+        return total
 
     def _constant(self, value: ir.Value, held: ir.TensorProtocol) -> Fact:
         shape = tuple(held.shape.numpy())
