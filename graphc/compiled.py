@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import TYPE_CHECKING
 from graphc.contract import Arrays, Backend, Progress, Runnable, no_progress
 from graphc.shapes import fix
 from graphc.storage import files
+
+CLOSE = 1e-4
+"""The error of compiled code, relative to the size of an output, that is never held against it."""
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -75,12 +79,29 @@ def compare(
         at = [s for s in data if not runnable.shapes or _has(s, runnable.shapes[number])]
         one = checker if checker is not None and static is model else None
         one = one or Checker(static, data=at, seed=seed, progress=progress)
-        verdict = one.compare(runnable, optimise=True)
+        verdict = _close(one.compare(runnable, optimise=True))
         cases += verdict.cases
         if not verdict.ok:
             return verdict
     assert verdict is not None
     return replace(verdict, cases=cases)
+
+
+def _close(verdict: Comparison) -> Comparison:
+    """The verdict, with outputs forgiven that differ by more than rounding explains, but by very little.
+
+    Other kernels sum in another order and compute exponentials by other polynomials.
+    """
+    bad = [output for output in verdict.outputs if not output.ok]
+    if not bad or not all(math.isfinite(output.ratio) and output.max_rel <= CLOSE for output in bad):
+        return verdict
+    forgiven = tuple(replace(output, why="") for output in verdict.outputs)
+    notes = tuple(
+        f"output '{output.name}' differs by {output.max_rel:.2g} of its size, {output.ratio:.2g} times what rounding "
+        "explains: other kernels"
+        for output in bad
+    )
+    return replace(verdict, ok=True, why="", outputs=forgiven, notes=(*verdict.notes, *notes))
 
 
 def _has(sample: Arrays, shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -18,6 +18,7 @@ PURPOSE = {
     "onnxscript": "export of PyTorch models; pip install 'graphc[torch]'",
     "transformers": "Hugging Face folders; pip install 'graphc[hf]'",
     "apache-tvm": "TVM artifacts; pip install 'graphc[tvm]'",
+    "apache-tvm-ffi": "runs TVM artifacts; comes with graphc[tvm]",
 }
 """What each package is for, in the order shown."""
 
@@ -37,6 +38,14 @@ def examine() -> dict[str, Any]:
         providers = _providers(found.providers)
     except GraphcError as error:
         advice.append(f"{error.hint} ({error.what})")
+    if installed("apache-tvm"):
+        from graphc.tvm import install
+
+        try:
+            install.versions()
+            install.compiler()
+        except GraphcError as error:
+            advice.append(f"{error.hint} ({error.what})")
     return {
         "schema": "graphc-doctor/1",
         "packages": packages,

@@ -111,6 +111,7 @@ def _compare(
                 why=verdict.why,
                 hint="-t onnxruntime; and please report this as a defect of graphc, with the model if you may",
             )
+        report.warnings += [note for note in verdict.notes if note not in report.warnings]
         worst = max((output.max_rel for output in verdict.outputs), default=0.0)
         report.measurements["compiled"] = {
             "cases": list(verdict.cases),

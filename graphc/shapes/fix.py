@@ -111,7 +111,10 @@ def _dims(value: ir.Value) -> list[int | str]:
             where=f"input '{value.name}'",
             why="it is no tensor" if value.shape is not None else "its number of dimensions is not declared",
         )
-    return [
-        d if isinstance(d, int) else f"{value.name}.{axis}" if d.value in (None, "", "?") else str(d.value)
-        for axis, d in enumerate(value.shape)
-    ]
+    dims: list[int | str] = []
+    for axis, size in enumerate(value.shape):
+        dim = size if isinstance(size, int) else size.value
+        # Some exporters write -1 for what is not known.
+        nameless = dim in (None, "", "?") or (isinstance(dim, int) and dim < 0)
+        dims.append(f"{value.name}.{axis}" if nameless or dim is None else dim)
+    return dims

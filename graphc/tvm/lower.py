@@ -139,6 +139,7 @@ def _quantized(node: ir.Node) -> str:
 _CAVEATS: dict[str, Callable[[ir.Node], str]] = {
     "Attention": lambda node: "the importer means another operator of this name",
     "BatchNormalization": _training,
+    "ConvTranspose": lambda node: "output_shape is not supported" if attribute(node, "output_shape") else "",
     "DequantizeLinear": _quantized,
     "Dropout": _only_first_output,
     "EyeLike": lambda node: "only constants are supported",
