@@ -13,8 +13,10 @@ from graphc.recipe import Recipe, type_text
 
 
 def catalogue() -> dict[str, Any]:
-    """All sections, each name with one line."""
-    return {"sections": {section: rows() for section, rows in _SECTIONS.items()}}
+    """All sections, each name with one line; of the rules, which are many, only how many there are."""
+    sections = {section: rows() for section, rows in _SECTIONS.items() if section != "rules"}
+    count = len(_SECTIONS["rules"]())
+    return {"sections": sections, "more": {"rules": f"{count} operators have a rule: graphc list rules"}}
 
 
 def describe(what: str) -> dict[str, Any]:

@@ -179,7 +179,7 @@ def _optimize(commands: Any) -> None:
     command.add_argument("--why", action="store_true", help="list everything that did not apply, with its reason")
 
 
-_MODEL = "an .onnx file, an artifact, or a torch module: package.module:name or a .pt2 file"
+_MODEL = "an .onnx file, an artifact, a Hugging Face folder, or a torch module: package.module:name or a .pt2 file"
 
 
 def _torch_flags(command: argparse.ArgumentParser) -> None:

@@ -246,6 +246,8 @@ def show_catalogue(found: Document) -> None:
             table.add_row(escape(row["name"]), row.get("effect", ""), escape(row["summary"]))
         console.print(table)
         console.print()
+    for line in found.get("more", {}).values():
+        console.print(f"[dim]{escape(line)}[/]")
     if "documentation" in found:
         console.print(f"[bold]{escape(found['name'])}[/] [dim]{escape(found.get('kind', ''))}[/]\n")
         console.print(escape(found["documentation"]))
