@@ -2,9 +2,10 @@
 
     python bench/frontends.py [--rounds N] [--seconds S] [NAME...]
 
-Every tool runs as a whole fresh process, in turns; both outputs are then timed against each other in one interleaved
-run of ONNX Runtime with its own optimisation on. Results go to ``bench/results/frontends.json``; with names, only those
-models are measured again.
+Models are torch modules (``frontend_models.py``), Hugging Face folders (``frontend_folders.py``), and a folder that is
+large (``large-hf``), which graphc alone exports. Every tool runs as a whole fresh process, in turns; both outputs are
+then timed against each other in one interleaved run of ONNX Runtime with its own optimisation on. Results go to
+``bench/results/frontends.json``; with names, only those models are measured again.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import frontend_folders
 import harness
 import process
 
@@ -37,46 +40,85 @@ BASE = "torch.onnx.export"
 TOOLS = ("graphc", "graphc --no-verify", BASE)
 MODULES = ("minilm", "vit", "smollm2")
 """Factories in ``frontend_models``."""
+LARGE = "large-hf"
+NAMES = (*MODULES, *frontend_folders.FOLDERS, LARGE)
+ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
 
 
-def command(tool: str, name: str, out: Path) -> list[str | Path]:
-    """The command that makes ``out`` of a module."""
+def command(tool: str, name: str, folder: Path | None, out: Path) -> list[str | Path]:
+    """The command that makes ``out`` of a module, or of a folder."""
+    layout = frontend_folders.FOLDERS[name][1] if name in frontend_folders.FOLDERS else "merged"
     if tool == BASE:
-        return [sys.executable, "-c", _TORCH, name, out]
+        if folder is None:
+            return [sys.executable, "-c", _TORCH, name, out]
+        return [sys.executable, frontend_folders.__file__, folder, out, layout]
     flags = ["--no-cache", "--no-measure", "-q", *tool.split()[1:]]
-    return [sys.executable, "-m", "graphc", "optimize", f"frontend_models:{name}", "-o", out, *flags]
+    source = f"frontend_models:{name}" if folder is None else folder
+    return [sys.executable, "-m", "graphc", "optimize", source, "-o", out, "--kv-cache", layout, *flags]
 
 
 def compare(name: str, rounds: int, seconds: float) -> dict[str, Any]:
-    """Run every tool on one module, in turns, and time what they wrote."""
-    usages: dict[str, list[process.Usage]] = {tool: [] for tool in TOOLS}
+    """Run every tool on one model, in turns, and time what they wrote."""
     load = round(os.getloadavg()[0], 1)
-    environment = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    usages: dict[str, list[process.Usage]] = {tool: [] for tool in (TOOLS if name != LARGE else TOOLS[:1])}
     with tempfile.TemporaryDirectory() as scratch:
-        outputs = {tool: Path(scratch) / f"{i}.onnx" for i, tool in enumerate(TOOLS)}
+        folder = _folder(name, Path(scratch) / "source")
+        outputs = {tool: Path(scratch) / (f"{i}.onnx" if folder is None else str(i)) for i, tool in enumerate(usages)}
         for _ in range(rounds):
             for tool, out in outputs.items():
-                usages[tool].append(process.run(command(tool, name, out), environment))
+                if out.is_dir():
+                    shutil.rmtree(out)
+                usages[tool].append(process.run(command(tool, name, folder, out), ENVIRONMENT))
         results: dict[str, Any] = {}
         for tool, runs in usages.items():
             results[tool] = harness.summary(runs)
             if not results[tool]["failure"]:
-                results[tool]["nodes"] = sum(
-                    node.op_type != "Constant" for node in edit.nodes(model.load(outputs[tool]))
-                )
-        if not any(each["failure"] for each in results.values()):
-            found = measure.bench([outputs[BASE], outputs["graphc"]], seconds=seconds, threads=1)
-            results["graphc"]["latency"] = {
-                k: round(found["models"][1][k], 3) for k in ("ratio", "ratio_low", "ratio_high")
-            }
+                loaded = [model.load(path) for path in _graphs(outputs[tool]).values()]
+                results[tool]["nodes"] = sum(n.op_type != "Constant" for each in loaded for n in edit.nodes(each))
+                results[tool]["weights_mb"] = round(sum(map(model.nbytes, loaded)) / 1e6, 1)
+        if BASE in results and not any(each["failure"] for each in results.values()):
+            results["graphc"]["latency"] = _latencies(name, folder, outputs, seconds)
     measured = datetime.now(UTC).strftime("%Y-%m-%d")
     return {"name": name, "measured": measured, "rounds": rounds, "seconds": seconds, "load": load, "tools": results}
+
+
+def _folder(name: str, scratch: Path) -> Path | None:
+    """The folder of a model, None for a module."""
+    if name in MODULES:
+        return None
+    source = frontend_folders.large if name == LARGE else frontend_folders.FOLDERS[name][0]
+    return frontend_folders.made(source, scratch)
+
+
+def _graphs(out: Path) -> dict[str, Path]:
+    return frontend_folders.graphs(out) if out.is_dir() else {"model": out}
+
+
+def _latencies(name: str, folder: Path | None, outputs: dict[str, Path], seconds: float) -> dict[str, Any]:
+    """The latency of every graph relative to the exporter's, at each size."""
+    before, after = _graphs(outputs[BASE]), _graphs(outputs["graphc"])
+    if folder is None:
+        return {"model": _ratio(before["model"], after["model"], None, seconds)}
+    _, layout, sizes = frontend_folders.FOLDERS[name]
+    interface = frontend_folders.interface(folder, layout)
+    parts = list(interface) if len(interface) > 1 else list(interface) * len(sizes)
+    return {
+        frontend_folders.described(each): _ratio(
+            before[part], after[part], [frontend_folders.arrays(interface[part], each)], seconds
+        )
+        for part, each in zip(parts, sizes, strict=True)
+    }
+
+
+def _ratio(before: Path, after: Path, data: Any, seconds: float) -> dict[str, float]:
+    found = measure.bench([before, after], data=data, seconds=seconds, threads=1)
+    return {key: round(found["models"][1][key], 3) for key in ("ratio", "ratio_low", "ratio_high")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "names", nargs="*", choices=[*MODULES, []], metavar="NAME", help="models to measure; default: all"
+        "names", nargs="*", choices=[*NAMES, []], metavar="NAME", help="models to measure; default: all"
     )
     parser.add_argument("--rounds", type=int, default=3, help="runs of each tool on each model (3)")
     parser.add_argument("--seconds", type=float, default=5, help="time for each latency comparison (5)")
@@ -89,7 +131,7 @@ def main() -> None:
         "versions": {name: harness.version(sys.executable, name) for name in packages},
         "models": json.loads(RESULTS.read_text())["models"] if RESULTS.exists() else [],
     }
-    for name in arguments.names or MODULES:
+    for name in arguments.names or NAMES:
         print(f"{name} ...", flush=True)
         new = compare(name, arguments.rounds, arguments.seconds)
         kept = [old for old in results["models"] if old["name"] != name]

@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -486,17 +487,83 @@ def test_a_hugging_face_folder_with_its_adapter(tmp_path: Path) -> None:
 def test_a_source_of_several_graphs(tmp_path: Path) -> None:
     folder = lora(tmp_path / "a", encoder__q=(6, 8), decoder__q=(6, 8))
     held = {"encoder": numbers(8, 6), "decoder": numbers(8, 6, seed=2)}
-    parts = [source(build(f"y = MatMul(x, {n}__q__weight)", ROW, **{f"{n}__q__weight": a})) for n, a in held.items()]
+    parts = [
+        replace(source(build(f"y = MatMul(x, {n}__q__weight)", ROW, **{f"{n}__q__weight": a})), name=n)
+        for n, a in held.items()
+    ]
     whole = parts[0].with_others(parts[1:])
     done = adapted(whole, Adapters.of([folder]))
     for part, (name, array) in zip(done.parts, held.items(), strict=True):
         np.testing.assert_allclose(
             weights(part.model)[f"{name}.q.weight"], array + delta(folder, f"{name}.q").T, rtol=1e-5, atol=1e-6
         )
-    with pytest.raises(BadInput, match="layers of different ones"):
-        adapted(whole, Adapters.of([folder], "dynamic"))
+    switched = adapted(whole, Adapters.of([folder], "dynamic"))
+    assert set(switched.beside) == {"a.encoder.onnx_adapter", "a.decoder.onnx_adapter"}
+    for part, name in zip(switched.parts, held, strict=True):
+        assert [v.name for v in part.model.graph.inputs] == ["x", f"{name}.q.lora_A", f"{name}.q.lora_B"]
     with pytest.raises(BadInput, match=r"not found: other\.q"):
         adapted(whole, Adapters.of([lora(tmp_path / "b", encoder__q=(6, 8), other__q=(6, 8))]))
+
+
+def test_a_shared_table_that_only_tied_modules_read(tmp_path: Path) -> None:
+    """T5's ``shared``: the encoder and the decoder read it as their own; PEFT's merge changes it for both."""
+    table, ids = numbers(11, 6), np.array([[1, 3, 7]])
+    folder = lora(tmp_path / "a", shared=(11, 6))
+    parts = []
+    for name in ("encoder", "decoder"):
+        model = build("y = Gather(shared__weight, i)", "int64[N,S] i", shared__weight=table)
+        model.graph.initializers["shared.weight"].metadata_props["graphc.aliases"] = f"{name}.embed.weight"
+        model.graph[0].metadata_props["graphc.module"] = f"{name}.embed"
+        parts.append(replace(source(model), name=name))
+    done = adapted(parts[0].with_others(parts[1:]), Adapters.of([folder]))
+    for part in done.parts:
+        np.testing.assert_allclose(
+            run(part.model, i=ids)[0], (table + delta(folder, "shared"))[ids], rtol=1e-5, atol=1e-6
+        )
+    assert done.adapted is not None
+    assert any("tied to it" in refusal.reason for refusal in done.adapted.refusals)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", [["q", "v", "wi"], ["q", "shared"]])
+def test_an_encoder_decoder_with_its_adapter(targets: list[str], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 99}
+    torch.manual_seed(0)
+    net = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(**sizes, decoder_start_token_id=0, initializer_factor=2.0)
+    ).eval()
+    net.save_pretrained(tmp_path / "base")
+    model = trained(net, L(r=2, target_modules=targets), tmp_path / "a").merge_and_unload()
+    options = {"measure": False, "cache": False, "verify": False, "kv_cache": "none"}
+    graphc.optimize(tmp_path / "base", tmp_path / "out", adapters=[tmp_path / "a"], **options)
+    ids, start = np.array([[3, 7, 11, 50, 98]]), np.array([[0, 5, 8]])
+    ones, first = np.ones_like(ids), np.ones_like(start)
+    given_ = {"input_ids": ids, "attention_mask": ones}
+    encoded = runtime.session(tmp_path / "out" / "encoder.onnx", optimise=True).run(given_)
+    decoder = runtime.session(tmp_path / "out" / "decoder.onnx", optimise=True)
+    all_ = {f"past_key_values{k.removeprefix('present')}": v for k, v in encoded.items() if k.startswith("present")}
+    all_ |= {"encoder_hidden_states": encoded["last_hidden_state"], "encoder_attention_mask": ones}
+    all_ |= {"input_ids": start, "attention_mask": first, "decoder_input_ids": start, "decoder_attention_mask": first}
+    logits = decoder.run({name: all_[name] for name in decoder.input_names})["logits"]
+    with torch.no_grad():
+        wanted = model(input_ids=torch.from_numpy(ids), decoder_input_ids=torch.from_numpy(start)).logits.numpy()
+    np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("axes", "columns_first"), [("", False), ("1 0", False), ("", True), ("1 0", True)])
+def test_notes_tell_rows_from_columns_of_a_square_weight(axes: str, columns_first: bool, tmp_path: Path) -> None:
+    weight = numbers(8, 8)
+    folder = lora(tmp_path / "a", config={"fan_in_fan_out": columns_first}, layer__q=(8, 8))
+    model = build('y = Einsum<equation="ni,io->no">(x, layer__q__weight)', ROW, layer__q__weight=weight)
+    with pytest.raises(BadInput, match="square"):
+        fold(model.clone(), folder)
+    model.graph[0].metadata_props["graphc.module"] = "layer.q"
+    if axes:
+        model.graph.initializers["layer.q.weight"].metadata_props["graphc.axes"] = axes
+    change = delta(folder, "layer.q")  # (out, in)
+    stored = change.T if bool(axes) != columns_first else change
+    np.testing.assert_allclose(weights(fold(model, folder)[0])["layer.q.weight"], weight + stored, rtol=1e-5, atol=1e-6)
 
 
 def test_big_weights_are_computed_when_they_are_read(tmp_path: Path) -> None:

@@ -143,6 +143,31 @@ class TestBigModels:
         for choice, expected in ((True, 40), (False, 80)):
             assert session.run({"x": x, "c": np.array(choice)})["y"][0, 0] == expected
 
+    @pytest.mark.parametrize("optimise", [False, True])
+    def test_weights_are_stored_as_they_are_read(self, tmp_path: Path, optimise: bool) -> None:
+        """No transposed copy in memory: in the main graph, in a branch, and where others read the weight as it is."""
+        model = parse("""g (bool c, float[N,40] x) => (float[N,40] y) {
+            t0 = Transpose <perm = [1, 0]> (w0) a = MatMul(x, t0)
+            t1 = Transpose (w1) b = MatMul(a, t1) d = MatMul(b, w1)
+            y = If (c) <then_branch = t () => (float[N,40] e) { t2 = Transpose(w2) e = MatMul(d, t2) },
+                        else_branch = e () => (float[N,40] f) { f = Neg(d) }> }""")
+        tensors = self.tensors(tmp_path)
+        made = {name: edit.initializer(model.graph, tensor, name) for name, tensor in tensors.items()}
+        for node in edit.nodes(model):
+            for i, value in enumerate(node.inputs):
+                if value is not None and value.name in made:
+                    node.replace_input_with(i, made[value.name])
+        proto, kept = mapping.mapped(model, runtime.settings(optimise=optimise), lend=not optimise)
+        assert all(node.op_type != "Transpose" for node in edit.nodes(ir.from_proto(onnx.load_from_string(proto))))
+        assert any(node.op_type == "Transpose" for node in model.graph), "the model stays as it is"
+        kept.clear()
+        x = np.random.default_rng(9).standard_normal((2, 40)).astype(np.float32)
+        w0, w1, w2 = (tensor.numpy() for tensor in tensors.values())
+        session = runtime.session(model, optimise=optimise, frugal=True)
+        expected = x @ w0.T @ w1.T @ w1
+        for choice, wanted in ((True, expected @ w2.T), (False, -expected)):
+            np.testing.assert_allclose(session.run({"x": x, "c": np.array(choice)})["y"], wanted, rtol=1e-4, atol=1e-3)
+
     def test_four_bit_weights(self) -> None:
         """They are packed in files and in the runtime, but not in NumPy."""
         values = np.arange(-8, 8).repeat(200).reshape(40, 80)

@@ -150,8 +150,9 @@ def adapted(source: Source, wanted: Adapters, seed: int = 0) -> Source:
     measurements: dict[str, Any] = {}
     report = PassReport("adapter", wanted.text(), "exact")
     if wanted.mode == "dynamic":
-        dynamic.attach([original for original, _ in models], everything)
-        attached = dynamic.attach([model for _, model in models], everything)
+        parts = [part.name for part in source.parts]
+        dynamic.attach(dict(zip(parts, (original for original, _ in models), strict=True)), everything)
+        attached = dynamic.attach(dict(zip(parts, (model for _, model in models), strict=True)), everything)
         report.changes = attached.changes()
         beside = attached.files()
     else:

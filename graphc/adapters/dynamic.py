@@ -7,7 +7,7 @@ adapter the branch adds nothing; an adapter that is activated for a run gives th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ class Attached:
 
     Attributes:
         layers: How many layers of each operator have a branch.
-        parameters: The values of the new inputs, by adapter and name.
+        parameters: The values of the new inputs, by file (without its extension) and name.
     """
 
     layers: Counter[str] = field(default_factory=Counter)
@@ -75,10 +75,15 @@ def write(parameters: dict[str, Array], path: Path) -> None:
     adapter.export_adapter(str(path))
 
 
-def attach(models: Sequence[ir.Model], targets: Sequence[Target]) -> Attached:
+def attach(models: Mapping[str, ir.Model], targets: Sequence[Target]) -> Attached:
     """Give the graphs of a model, in place, a switchable branch for each layer that some adapter adapts.
 
-    ONNX Runtime takes an adapter only if the graph has all of its inputs, so every graph must have every layer.
+    ONNX Runtime takes an adapter only if the graph has all of its inputs. Where graphs differ in their layers, each
+    gets a file of its own of each adapter, ``ADAPTER.GRAPH.onnx_adapter``.
+
+    Args:
+        models: By the names of the graphs.
+        targets: What the adapters want.
 
     Raises:
         BadInput: An adapter is more than a low-rank update, or does not fit; it names the module.
@@ -94,18 +99,14 @@ def attach(models: Sequence[ir.Model], targets: Sequence[Target]) -> Attached:
         by_name.setdefault(target.name, []).append(target)
     names = _distinct(targets)
     wishes = [Wish(tuple(own), tuple((t.folder.weight, t.change) for t in own)) for own in by_name.values()]
-    attached = Attached(parameters={name: {} for name in names.values()})
-    found = place(models, wishes)
-    for model, placed in zip(models, found, strict=True):
-        if len(placed) < len(wishes):
-            raise targets[0].folder.bad(
-                "the adapter cannot be switched at run time",
-                "the model consists of several graphs, and the adapter is for layers of different ones",
-                "fold it: --adapter-mode fold",
-            )
+    attached = Attached()
+    found = place(list(models.values()), wishes)
+    alike = len({frozenset(each.name for each in placed) for placed in found}) == 1
+    for (part, model), placed in zip(models.items(), found, strict=True):
+        files = names if alike else {key: f"{name}.{part}" for key, name in names.items()}
         rewriter = Rewriter(model, frozenset())
         for each in placed:
-            _attach(each, names, rewriter, attached)
+            _attach(each, files, rewriter, attached)
     return attached
 
 
@@ -122,7 +123,7 @@ def _distinct(targets: Sequence[Target]) -> dict[int, str]:
     return names
 
 
-def _attach(placed: Placed, names: dict[int, str], rewriter: Rewriter, attached: Attached) -> None:
+def _attach(placed: Placed, files: Mapping[int, str], rewriter: Rewriter, attached: Attached) -> None:
     site = placed.site
     own = site.uses if site.uses is not None else tuple(uses(site.value))
     ends = [use for use in own if use.product is not None and use.kind != "other"]
@@ -145,7 +146,7 @@ def _attach(placed: Placed, names: dict[int, str], rewriter: Rewriter, attached:
         for letter, array, axis in (("A", a, rank_axis[0]), ("B", b, rank_axis[1]))
     ]
     for target in placed.targets:
-        made = attached.parameters[names[id(target.folder)]]
+        made = attached.parameters.setdefault(files[id(target.folder)], {})
         for value, array in zip(inputs, arrays[id(target.folder)], strict=True):
             assert value.name is not None
             made[value.name] = array.astype(dtype.numpy())

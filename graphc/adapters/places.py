@@ -78,6 +78,9 @@ def place(models: Sequence[ir.Model], wanted: Sequence[Wish]) -> list[list[Place
     searches = [_Search(index, front, wanted) for index in indices]
     found = [search.run() for search in searches]
     lost = [wish for wish in wanted if all(wish in search.missing for search in searches)]
+    for search, own in zip(searches, found, strict=True):
+        own += search.tied_to_others(lost)
+    lost = [wish for wish in lost if all(wish in search.missing for search in searches)]
     if lost:
         raise searches[0].unknown(lost, none=not any(found))
     return found
@@ -108,6 +111,20 @@ class _Search:
                 found.append(tied)
         return self._once(found)
 
+    def tied_to_others(self, lost: Sequence[Wish]) -> list[Placed]:
+        """Parameters that only other modules read: a shared table of an encoder and a decoder, which each have as their
+        own. All of them get what the adapter says, as when PEFT merges it."""
+        found = []
+        for wish in lost:
+            value = self.index.names.get(self.name(wish.first.module, wish.first.leaves[0]))
+            if value is None:
+                continue
+            placed = self._at(wish, value, whole=True)
+            if placed is not None:
+                found.append(placed)
+                self.missing.remove(wish)
+        return found
+
     def name(self, module: str, leaf: str) -> str:
         """A parameter's name in the model."""
         full = f"{module}.{leaf}" if module else leaf
@@ -122,13 +139,19 @@ class _Search:
             return self._stacked(wish, present)
         return self._at(wish, present[0])
 
-    def _at(self, wish: Wish, value: ir.Value, note: str = "") -> Placed | None:
-        """Where a wish is granted, if it is at this constant; None if the module is not in this graph."""
+    def _at(self, wish: Wish, value: ir.Value, *, whole: bool = False) -> Placed | None:
+        """Where a wish is granted, if it is at this constant; None if the module is not in this graph.
+
+        Args:
+            wish: What is wanted.
+            value: The constant.
+            whole: Whether all readers are meant, of whatever module they are.
+        """
         target = wish.first
         readers = self._readers(value)
         shape = getattr(target.change, "shape", None)
         changes = wish.changes
-        placed = locate(value, target.kind, shape, readers)
+        placed = locate(value, target.kind, shape, readers, columns_first=_columns_first(target))
         if isinstance(placed, str) and target.kind == "plain" and shape is not None:
             # Saved by a module that has its weight the other way round (Conv1D).
             placed = locate(value, target.kind, shape[::-1], readers)
@@ -142,14 +165,18 @@ class _Search:
             problem = _misfit(change, canonical)
             if problem:
                 raise target.folder.bad(f"the adapter does not fit '{target.name}'", problem)
-        in_module = by_module(value, self.name(target.module, "")[:-1])
+        in_module = None if whole else by_module(value, self.name(target.module, "")[:-1])
         if in_module is not None:
             if not in_module:
                 return None
             own = None if len(in_module) == len(value.uses()) else in_module
         if own is not None and target.folder.config.get("ensure_weight_tying"):
             own = None
-        if own is not None and not note:
+        note = ""
+        if whole:
+            own = None
+            note = f"'{target.name}' is read by modules that are tied to it only; they all get what the adapter says"
+        elif own is not None:
             note = f"'{value.name}' is read by another layer as well, which keeps it as it was"
         return Placed(target.name, Site(value, own, flipped, canonical, 0, canonical[0], note), changes, wish.targets)
 
@@ -202,7 +229,8 @@ class _Search:
         if found is None:
             return None
         value, start, stop = found
-        placed = locate(value, target.kind, None, self._readers(value))
+        columns_first = _columns_first(target)
+        placed = locate(value, target.kind, None, self._readers(value), columns_first=columns_first)
         if isinstance(placed, str):
             raise target.folder.bad(f"the adapter does not fit '{target.name}'", f"in '{value.name}': {placed}")
         flipped, canonical, own = placed
@@ -270,6 +298,11 @@ def _oriented(change: Change, swapped: bool) -> Change:
     if not isinstance(change, Stacked) or not swapped:
         return change
     return dataclasses.replace(change, left=change.right.transpose(0, 2, 1), right=change.left.transpose(0, 2, 1))
+
+
+def _columns_first(target: Target) -> bool:
+    """Whether the torch layer has its weight as (in, out), as GPT-2's Conv1D."""
+    return bool(target.folder.config.get("fan_in_fan_out"))
 
 
 def _misfit(change: Change, canonical: tuple[int, int]) -> str:

@@ -19,6 +19,8 @@ from graphc.rewrites.base import FLOATS, dims
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _MODULE, _ALIASES = "graphc.module", "graphc.aliases"
 """What the frontend for torch notes: the module of a node, the other names of a tied parameter."""
+_AXES = "graphc.axes"
+"""What ``simplify`` notes of a weight that it stores in another layout than its source, see ``AXES`` there."""
 _QUANTIZED_SUFFIX = re.compile(r"(?P<name>.*\.(?:weight|in_proj_weight))_[A-Za-z0-9_]+$")
 _TIED = ("table", "rows")
 
@@ -238,7 +240,12 @@ def stored_shape(value: ir.Value) -> tuple[int, ...]:
 
 
 def locate(
-    value: ir.Value, kind: Kind, shape: tuple[int, ...] | None, readers: Mapping[str, list[Use]]
+    value: ir.Value,
+    kind: Kind,
+    shape: tuple[int, ...] | None,
+    readers: Mapping[str, list[Use]],
+    *,
+    columns_first: bool = False,
 ) -> tuple[bool, tuple[int, int], tuple[Use, ...] | None] | str:
     """How a constant is stored as the weight of a kind of layer.
 
@@ -247,6 +254,8 @@ def locate(
         kind: What the adapter takes it for.
         shape: What the adapter expects, canonical; None if it does not say.
         readers: The uses of the constant by kind.
+        columns_first: Whether the torch module has its weight as (in, out). It matters where only the notes of the
+            frontend tell rows from columns.
 
     Returns:
         Whether it is flipped, its canonical shape, the uses that are meant (None: all); or why it does not fit.
@@ -271,11 +280,24 @@ def locate(
             flipped = ways.pop()
             canonical = flat[::-1] if flipped else flat
             return _fitting(flipped, canonical, shape, stored, _part(own, readers))
+    noted = _as_in_source(value)
+    if noted is not None:
+        flipped = noted is columns_first
+        return _fitting(flipped, flat[::-1] if flipped else flat, shape, stored, None)
     if shape is None or flat[0] == flat[1]:
         return "the weight is square, and how it is used does not tell its rows from its columns"
     if flat[1] == shape[1] or flat[0] == shape[0]:
         return _fitting(False, flat, shape, stored, None)
     return _fitting(True, flat[::-1], shape, stored, None)
+
+
+def _as_in_source(value: ir.Value) -> bool | None:
+    """Whether a matrix is stored as the torch module has it, not transposed; None where nobody noted it."""
+    layout = value.metadata_props.get(_AXES)
+    if layout is not None:
+        return {"0 1": True, "1 0": False}.get(layout)
+    readers = value.uses()
+    return True if readers and all(_MODULE in use.node.metadata_props for use in readers) else None
 
 
 def _part(own: list[Use] | None, readers: Mapping[str, list[Use]]) -> tuple[Use, ...] | None:

@@ -84,6 +84,7 @@ def mapped(model: ir.Model, settings: Any, *, lend: bool) -> tuple[bytes, list[A
     lent.touch()
     model = _copy(model)
     _hoist_constant_nodes(model)
+    _transpose_constants(model)
     # What is lent is known by name only, in all graphs: two branches may use one name for different tensors.
     names = Counter(name for graph in edit.graphs(model) for name in graph.initializers)
     with streamed.open("wb") as file:
@@ -151,6 +152,40 @@ def _hoist_constant_nodes(model: ir.Model) -> None:
             edit.remove(node)
 
 
+def _transpose_constants(model: ir.Model) -> None:
+    """Store large weights as they are read: transposed, which changes no number.
+
+    A runtime whose optimiser is off would transpose them in memory, all of them before the first product.
+    """
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for node in list(graph):
+            if not edit.is_op(node, "Transpose"):
+                continue
+            held, output = edit.tensor(node.inputs[0]), node.outputs[0]
+            if held is None or held.nbytes <= INLINE or held.dtype.bitwidth < 8 or held.dtype == ir.DataType.STRING:
+                continue
+            if output.is_graph_output() or not output.name:
+                continue
+            name, source = output.name, node.inputs[0]
+            output.name = f"{name}.transposed"
+            output.replace_all_uses_with(edit.initializer(graph, _transposed(held, node), name))
+            edit.remove(node)
+            assert source is not None
+            if source.graph is not None and source.name and not source.uses() and not source.is_graph_output():
+                source.graph.initializers.pop(source.name, None)
+
+
+def _transposed(held: ir.TensorProtocol, node: ir.Node) -> ir.LazyTensor:
+    rank = len(held.shape)
+    perm = edit.attribute(node, "perm", tuple(reversed(range(rank))))
+    shape = held.shape.numpy()
+
+    def view() -> ir.TensorProtocol:
+        return ir.Tensor(held.numpy().transpose(perm), dtype=held.dtype)
+
+    return ir.LazyTensor(view, dtype=held.dtype, shape=ir.Shape([shape[axis] for axis in perm]), cache=False)
+
+
 def _lendable(tensor: ir.TensorProtocol) -> bool:
     """Whether the bytes exist already, in the layout that the runtime reads; types below a byte are packed there."""
     if not isinstance(tensor, ir.ExternalTensor | ir.Tensor) or tensor.dtype.bitwidth < 8:
@@ -160,8 +195,7 @@ def _lendable(tensor: ir.TensorProtocol) -> bool:
 
 
 def _write(tensor: ir.TensorProtocol, file: Any) -> None:
-    if isinstance(tensor, ir.Tensor | ir.LazyTensor | ir.ExternalTensor):
-        tensor.tofile(file)
-    else:
-        file.write(tensor.tobytes())
+    from graphc.model import write_tensor
+
+    write_tensor(tensor, file)
     edit.release(tensor)
