@@ -9,7 +9,12 @@ from typing import Any
 from graphc import registry
 from graphc.contract import Pass
 from graphc.errors import BadInput, nearest
+from graphc.presets import GOALS
 from graphc.recipe import Recipe, type_text
+
+_CHOSEN = """\
+The recipe is chosen for the model, its target and the data given, and shown with the reason in the report. What the
+model is (a language model, a text encoder, a vision model, or none of these) is read off its graph."""
 
 
 def catalogue() -> dict[str, Any]:
@@ -34,7 +39,10 @@ def describe(what: str) -> dict[str, Any]:
     if what in registry.recipe_files():
         recipe = Recipe.named(what)
         return {"name": what, "kind": "recipe", "documentation": f"{recipe.description}\n\n{recipe.toml()}"}
-    known = [*_SECTIONS, *registry.names("passes"), *registry.names("backends"), *registry.recipe_files()]
+    for goal, summary in GOALS.items():
+        if what == goal:
+            return {"name": what, "kind": "preset", "documentation": f"{summary}\n\n{_CHOSEN}"}
+    known = [*_SECTIONS, *GOALS, *registry.names("passes"), *registry.names("backends"), *registry.recipe_files()]
     raise BadInput(f"there is nothing called '{what}'", hint=nearest(what, known))
 
 
@@ -74,7 +82,8 @@ def _backends() -> list[dict[str, str]]:
 
 def _recipes() -> list[dict[str, str]]:
     found = {name: Recipe.read(path) for name, path in registry.recipe_files().items()}
-    return [{"name": n, "summary": r.description or r.text()} for n, r in found.items()]
+    goals = [{"name": f"--preset {goal}", "summary": summary} for goal, summary in GOALS.items()]
+    return [*goals, *({"name": n, "summary": r.description or r.text()} for n, r in found.items())]
 
 
 def _rules() -> list[dict[str, str]]:
@@ -95,11 +104,15 @@ def markdown(section: str) -> str:
         lines += ["| operator | what it does to each axis |", "|---|---|"]
         lines += ["| {} | `{}` |".format(row["name"], row["summary"].replace("|", "\\|")) for row in _rules()]
         return "\n".join(lines) + "\n"
-    for row in _SECTIONS[section]():
-        found = describe(row["name"])
-        lines += [f"## {row['name']}", ""]
+    if section == "recipes":
+        lines += ["## Presets", "", _CHOSEN, "", "| `--preset` | what it is for |", "|---|---|"]
+        lines += [f"| {goal} | {summary} |" for goal, summary in GOALS.items()] + [""]
+    names = registry.recipe_files() if section == "recipes" else [row["name"] for row in _SECTIONS[section]()]
+    for name in names:
+        found = describe(name)
+        lines += [f"## {name}", ""]
         if section == "recipes":
-            recipe = Recipe.named(row["name"])
+            recipe = Recipe.named(name)
             lines += [recipe.description, "", "```toml", recipe.toml().split("\n\n", 1)[-1].rstrip(), "```", ""]
             continue
         lines += [f"*{found['kind']}*", "", found["documentation"], ""]

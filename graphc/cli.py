@@ -84,6 +84,7 @@ def _optimize(commands: Any) -> None:
         "Make a model smaller and faster and check that it still computes the same.",
         epilog="examples:\n"
         "  graphc optimize model.onnx\n"
+        "  graphc optimize model.onnx --preset small --calibrate samples.npz\n"
         "  graphc optimize model.onnx -o out.onnx -p 'simplify,fuse{only=conv-bn}' --why\n"
         "  graphc optimize model.onnx -o artifact/ -r recipe.toml --data samples.npz --report report.html\n"
         "  graphc optimize package.module:Net --inputs 'x=float32[1,3,32,32]'\n",
@@ -105,7 +106,11 @@ def _optimize(commands: Any) -> None:
     which = what.add_mutually_exclusive_group()
     which.add_argument("-p", "--passes", metavar="TEXT", help="a recipe as text: 'simplify,fuse{only=conv-bn}'")
     which.add_argument("-r", "--recipe", metavar="FILE", help="a recipe as a TOML file, or a shipped one's name")
-    which.add_argument("--preset", metavar="NAME", help="a shipped recipe; see 'graphc list recipes'")
+    which.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="what you want: small, balanced or fast; or a shipped recipe's name; see 'graphc list recipes'",
+    )
     what.add_argument("-t", "--target", default="onnxruntime", metavar="TARGET", help="onnxruntime (default) or tvm")
     what.add_argument("--stop-after", metavar="PASS", help="stop after this pass; --resume goes on from the output")
     what.add_argument("--resume", action="store_true", help="go on with a model written by --stop-after")
@@ -275,12 +280,22 @@ def _verbosity(command: argparse.ArgumentParser) -> None:
 
 
 def _settings(a: Any) -> Settings:
+    from graphc import presets
     from graphc.adapters import Adapters
     from graphc.gate import Gate
     from graphc.recipe import DEFAULT, Recipe, parse_backend
     from graphc.settings import Settings
 
-    recipe = Recipe.parse(a.passes) if a.passes is not None else Recipe.named(a.recipe or a.preset or DEFAULT)
+    goal = None
+    if a.preset:
+        goal, recipe = presets.parse(a.preset)
+    else:
+        recipe = Recipe.parse(a.passes) if a.passes is not None else Recipe.named(a.recipe or DEFAULT)
+    if goal and (a.ratio is not None or a.mask or a.allow_interface):
+        raise BadInput(
+            f"preset '{goal}' chooses the options of its passes itself",
+            hint=f"leave --ratio, --mask and --allow-interface out, or take a recipe; 'graphc list {goal}'",
+        )
     if a.ratio is not None:
         recipe = recipe.with_option("ratio", a.ratio)
     if a.mask:
@@ -292,7 +307,8 @@ def _settings(a: Any) -> Settings:
     gates += [Gate.latency(a.max_latency)] if a.max_latency else []
     return Settings(
         recipe=recipe,
-        recipe_given=bool(a.passes is not None or a.recipe or a.preset),
+        recipe_given=goal is None and bool(a.passes is not None or a.recipe or a.preset),
+        goal=goal,
         target=parse_backend(a.target, {name: value for name in _TARGET if (value := getattr(a, name)) is not None}),
         adapters=Adapters.of(a.adapter, a.adapter_mode, a.adapter_combine),
         task=a.task,

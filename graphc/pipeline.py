@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from graphc.checking import Checker, Comparison
     from graphc.data import Given, Origin, Samples
     from graphc.frontends import Source
+    from graphc.presets import Choice
 
 RESUME = "graphc.resume"
 """Metadata key of a model that ``--stop-after`` wrote: what is left to do, and what was done."""
@@ -38,6 +39,7 @@ def optimize(
     output: str | Path | None = None,
     *,
     recipe: Recipe | str | Sequence[Pass] | None = None,
+    preset: str | None = None,
     target: Backend | str = "onnxruntime",
     data: Given | None = None,
     calibrate: Given | None = None,
@@ -57,6 +59,8 @@ def optimize(
             example inputs.
         output: ``.onnx`` file or artifact folder to write; None writes nothing (the result is ``report.model``).
         recipe: A recipe, its text, a list of passes, or None for every exact portable pass.
+        preset: Instead of a recipe: ``"small"``, ``"balanced"`` or ``"fast"`` (see ``graphc.presets``), or the name of
+            a shipped recipe.
         target: A backend or its text.
         data: Inputs to check and measure on, see ``graphc.data``.
         calibrate: Inputs to collect statistics on; ``data`` if not given.
@@ -73,12 +77,18 @@ def optimize(
         BadInput: The model, the recipe or an option cannot be used.
         CheckFailed: A gate did not hold, or ``strict`` was given and a pass was rolled back.
     """
+    from graphc import presets
     from graphc.data import origin
 
     gates = [Gate.drop(f"{name}={limit}") for name, limit in (max_drop or {}).items()]
     gates += [Gate.size(max_size)] if max_size else []
     gates += [Gate.latency(max_latency)] if max_latency else []
-    if recipe is None or isinstance(recipe, Recipe):
+    goal = None
+    if preset is not None:
+        if recipe is not None:
+            raise BadInput("a recipe and a preset were given", where="optimize", hint="a preset is a recipe: give one")
+        goal, chosen = presets.parse(preset)
+    elif recipe is None or isinstance(recipe, Recipe):
         chosen = recipe or Recipe.named(DEFAULT)
     else:
         chosen = Recipe.parse(recipe) if isinstance(recipe, str) else Recipe(tuple(recipe))
@@ -87,7 +97,8 @@ def optimize(
         None if output is None else Path(output),
         Settings(
             recipe=chosen,
-            recipe_given=recipe is not None,
+            recipe_given=recipe is not None or (preset is not None and goal is None),
+            goal=goal,
             target=parse_backend(target) if isinstance(target, str) else target,
             adapters=Adapters.of(adapters, adapter_mode, adapter_combine),
             data=origin(data),
@@ -196,10 +207,11 @@ def run(
     described = [_described(part, alone=not loaded.others) for part in loaded.parts]
     stored = loaded.files
     loaded = _adapted(loaded, settings, progress)
-    works = [
-        _Work(part, _of_part(part, loaded, settings), progress, what)
-        for part, what in zip(loaded.parts, described, strict=True)
-    ]
+    works = []
+    for part, what in zip(loaded.parts, described, strict=True):
+        own = _of_part(part, loaded, settings)
+        choice = _chosen(part, own)
+        works.append(_Work(part, choice.applied(own) if choice else own, progress, what, choice))
     reports = [work.report() for work in works]
     report, recipe = reports[0], settings.recipe
     if loaded.others:
@@ -273,6 +285,22 @@ def _of_part(part: Source, loaded: Source, settings: Settings) -> Settings:
     return replace(settings, **own)
 
 
+def _chosen(part: Source, settings: Settings) -> Choice | None:
+    """What to do for the user's goal, if one was given."""
+    from graphc import presets
+
+    if settings.goal is None:
+        return None
+    if settings.resume:
+        raise BadInput(
+            "a preset cannot be given when a run is resumed",
+            why="what --stop-after wrote has the recipe that was chosen",
+            hint=f"leave the preset out; balanced also sets --max-drop {presets.HARMLESS}",
+        )
+    calibrated = settings.data is not None or settings.calibrate is not None
+    return presets.choose(settings.goal, part.model, settings.target.capabilities(), calibrated=calibrated)
+
+
 def _described(part: Source, *, alone: bool) -> dict[str, Any]:
     """What the report says of the input; a model that is in no file has the hash of its content."""
     from graphc import artifact
@@ -305,6 +333,7 @@ class _Work:
         settings: The flags.
         progress: ``progress(what, done, total)``.
         described: What the report says of the model as it came.
+        choice: What was chosen for a goal.
         last: The checker that found the resulting model right, if one did.
     """
 
@@ -312,6 +341,7 @@ class _Work:
     settings: Settings
     progress: Progress
     described: dict[str, Any]
+    choice: Choice | None = None
     last: Checker | None = None
 
     @cached_property
@@ -363,6 +393,8 @@ class _Work:
         done = self.run(now, done)
         done.passes[:0] = [loaded.adapted] if loaded.adapted else []
         done.warnings[:0] = loaded.warnings
+        if self.choice is not None and self.choice.warning:
+            done.warnings.insert(0, self.choice.warning)
         report = Report(
             input=self.described,
             target=settings.target.spec(),
@@ -373,6 +405,7 @@ class _Work:
             measurements=dict(loaded.measurements),
             warnings=done.warnings,
             notes=list(loaded.notes),
+            preset=self.choice.to_json() if self.choice is not None else {},
             timings=timings.digest(done.timings),
             model=done.model,
         )

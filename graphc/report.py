@@ -64,6 +64,7 @@ class Report:
         measurements: Whatever was timed: latency, ratio, spread.
         warnings: What the user should know.
         notes: How the input was made, where it was no ONNX model: how it was exported, what it was compared with.
+        preset: What was chosen for a goal: ``{name, kind, why}``; empty where the user gave a recipe.
         timings: The hash of the measured times that decided between operators; "" if none did.
         model: The resulting model (not part of the JSON document).
         parts: Where the model is several graphs, the report of each, by name; ``input`` and ``output`` are then all of
@@ -80,6 +81,7 @@ class Report:
     measurements: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    preset: dict[str, str] = field(default_factory=dict)
     timings: str = ""
     model: ir.Model | None = field(default=None, repr=False, compare=False)
     parts: dict[str, Report] = field(default_factory=dict)
@@ -117,8 +119,9 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """The document, as plain data."""
         document = {k: v for k, v in vars(self).items() if k not in ("model", "passes", "parts")}
-        if not self.timings:
-            del document["timings"]
+        for key in ("timings", "preset"):
+            if not document[key]:
+                del document[key]
         parts = {"parts": {name: part.to_json() for name, part in self.parts.items()}} if self.parts else {}
         return {"schema": SCHEMA, **document, "passes": [p.to_json() for p in self.passes], **parts}
 

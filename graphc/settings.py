@@ -13,15 +13,20 @@ from graphc.recipe import Recipe
 
 if TYPE_CHECKING:
     from graphc.data import Origin
+    from graphc.presets import Goal
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that holds for a whole run; the flags of ``graphc optimize``."""
+    """Everything that holds for a whole run; the flags of ``graphc optimize``.
+
+    With a ``goal`` the recipe, and limits of its own, are chosen when the model is there, see ``graphc.presets``.
+    """
 
     recipe: Recipe
     target: Backend
     recipe_given: bool = True
+    goal: Goal | None = None
     adapters: Adapters = field(default_factory=Adapters)
     task: str = ""
     kv_cache: str = "merged"

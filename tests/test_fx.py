@@ -212,6 +212,27 @@ def test_names_roles_and_tied_weights() -> None:
         assert outputs["size"].tolist() == [3, 4] and outputs["size"].dtype == torch.int64
 
 
+def test_names_that_are_keywords_of_python() -> None:
+    """``embed.in.weight``, as GPT-NeoX has it, is no expression."""
+    model = ir.from_onnx_text("""
+        <ir_version: 10, opset_import: ["": 21]>
+        g (float[N,3] x) => (float[N,2] y)
+        <float[3,4] a = {1,2,3,4,5,6,7,8,9,10,11,12}, float[4,2] b = {1,-1,2,-2,3,-3,4,-4}> {
+            h = MatMul(x, a)
+            y = MatMul(h, b)
+        }
+    """)
+    for old, new in (("a", "embed.in.weight"), ("b", "class.0.lambda")):
+        model.graph.initializers[old].name = new
+    module = to_torch(model)
+    assert set(module.meta["initializers"].values()) == {"embed.in.weight", "class.0.lambda"}
+    close(model, module, [RNG.standard_normal((2, 3), np.float32)])
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    assert all((v.const_value.numpy() == 0).all() for v in from_torch(module, model).graph.initializers.values())
+
+
 def test_sizes_stay_symbolic_under_torch_export() -> None:
     model = ir.from_onnx_text("""<ir_version: 10, opset_import: ["" : 21]>
     g (float[n, 6] x) => (float[n, 2, 3] y)

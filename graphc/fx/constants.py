@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -111,10 +112,11 @@ class Constants:
 
 
 def _free(owner: torch.nn.Module, name: str, may_share: Callable[[Any], bool]) -> str:
-    """The name, with underscores added until torch allows it as an attribute of the module."""
+    """The name, with underscores added until torch and Python allow it as an attribute of the module."""
     name = name or "_"
     while (
-        hasattr(fx.GraphModule, name)
+        keyword.iskeyword(name)
+        or hasattr(fx.GraphModule, name)
         or name in _RESERVED
         or (hasattr(owner, name) and not may_share(getattr(owner, name)))
     ):

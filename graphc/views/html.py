@@ -69,6 +69,9 @@ def _verdict(report: Mapping[str, Any]) -> str:
     )
     notes = "".join(f"<p class='bad'>{escape(text)}</p>" for text in report["warnings"])
     made = "".join(f"<p>{escape(note)}</p>" for note in report["notes"])
+    if preset := report.get("preset"):
+        chosen = f"{preset['name']}, {preset['kind']}: {preset['why']}"
+        made += f"<p>Preset {escape(chosen)}; <code>{escape(report['recipe'])}</code>.</p>"
     return text + costs + notes + made
 
 

@@ -52,6 +52,10 @@ def show_report(report: Document, *, why: bool = False, verbose: bool = False) -
 
 def _show_part(console: Console, report: Document, why: bool, verbose: bool) -> None:
     """What was done to one graph, and what was checked."""
+    if preset := report.get("preset"):
+        console.print(f"[bold]preset[/]    {escape(preset['name'])}, {escape(preset['kind'])}: {escape(preset['why'])}")
+        console.print(f"[bold]recipe[/]    {escape(report['recipe'])}")
+        console.print()
     for note in report["notes"]:
         console.print(f"[bold]source[/]    {escape(note)}")
     if report["notes"]:
