@@ -268,14 +268,15 @@ def test_budgets_are_met_to_one_unit(allocate: str, ratio: float) -> None:
     assert abs(gone - ratio * 56) <= 1
 
 
-PRESETS = ["magnitude", "wanda-structured", "flap", "cfsp", "amp", "llm-pruner", "obs-ls", "darwin-search", "rd-dp"]
+PRESETS = ["magnitude", "wanda-structured", "flap", "cfsp", "amp", "llm-pruner", "obs-ls", "darwin-search", "rd-dp",
+           "adapt-pruner"]  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets(preset: str) -> None:
     """Each named method runs on a trained model, takes what it should, and leaves it far better than chance."""
-    if preset == "llm-pruner":
+    if preset in ("llm-pruner", "adapt-pruner"):
         pytest.importorskip("torch")
     with np.load(DATA / "fashion_mnist_2k.npz") as stored:
         images = {k: ((stored[f"{k}_x"][:, None] / 255 - 0.286) / 0.353).astype(np.float32) for k in ("calib", "test")}
