@@ -14,7 +14,7 @@ from graphc import edit, shapes
 from graphc.contract import Context, Effect, Needs, Pass, PassResult, option
 from graphc.errors import BadInput
 from graphc.pruning.search import solve
-from graphc.quantization import activations, advice, dynamic, rounding, sensitivity, sites, static, store
+from graphc.quantization import activations, advice, correction, dynamic, rounding, sensitivity, sites, static, store
 from graphc.quantization.granularity import Granularity
 from graphc.quantization.grid import Grid
 from graphc.quantization.rounding import Codes
@@ -23,6 +23,9 @@ from graphc.stats import RangeOf, Request
 
 MEASURED = 64 << 20
 """Bytes of constants up to which sensitivities are measured at the model's outputs."""
+
+SHORT = 16
+"""Inputs of an output from which GPTQ is worth its time; depthwise convolutions have less."""
 
 Way = tuple[Grid, Granularity]
 """How a weight is quantized."""
@@ -52,6 +55,9 @@ class Quantize(Pass):
     order: bool = option(True, "For rounding=gptq: columns with the largest inputs first.")
     damp: float = option(0.01, "For rounding=gptq: what is added to the Gram matrix's diagonal, as a part of its mean.")
     sequential: bool = option(False, "For rounding=gptq: collect each layer's inputs from quantized layers before it.")
+    correct: bool = option(
+        False, "Add to biases what the rounding of weights takes from the outputs' means; calibrated."
+    )
     activations: Literal["minmax", "percentile", "mse", "entropy"] = option(
         "minmax", "For scheme=static: how the range of an activation is chosen from what calibration saw."
     )
@@ -104,7 +110,7 @@ class Quantize(Pass):
                 raise BadInput(f"weights of '{kind}' are not looked at", where=where, hint=", ".join(KINDS))
 
     def needs(self, model: ir.Model) -> Needs:
-        wanted = self.scheme == "static" or self.rounding == "gptq" or self.keep or self.budget
+        wanted = self.scheme == "static" or self.rounding == "gptq" or self.correct or self.keep or self.budget
         return Needs(calibration=bool(wanted))
 
     def levels(self, model: ir.Model) -> Sequence[Pass]:
@@ -328,6 +334,8 @@ class Quantize(Pass):
                 done += 1
                 codes = self._codes(site, way, statistics, scales if integers[id(site)] else {})
                 nbytes, size = nbytes + codes.nbytes, size + site.held.size
+                if self.correct and correction.possible(site):
+                    result.change("bias corrected", correction.correct(site, codes, statistics, names))
                 what = f"weight stored in {codes.grid.dtype.name.lower()}"
                 if not integers[id(site)]:
                     store.dequantized(site, codes, names)
@@ -356,27 +364,26 @@ class Quantize(Pass):
         return rows
 
     def _statistics(self, model: ir.Model, stage: Sequence[tuple[Site, Way]], ctx: Context) -> Mapping[Any, Any]:
-        if self.rounding != "gptq":
-            return {}
-        return ctx.collect(model, {use.gram for site, _ in stage if site.calibrated for use in site.uses})
+        wanted: set[Request[Any]] = {use.gram for site, _ in stage if self._swept(site) for use in site.uses}
+        if self.correct:
+            wanted |= {use.patches for site, _ in stage if correction.possible(site) for use in site.uses}
+        return ctx.collect(model, wanted) if wanted else {}
+
+    def _swept(self, site: Site) -> bool:
+        """Whether a weight is rounded by GPTQ: not where its rows are too short to make up for anything."""
+        if self.rounding != "gptq" or not site.calibrated or len({(u.order, u.grouped) for u in site.uses}) > 1:
+            return False
+        return site.depth * site.uses[0].window >= SHORT
 
     def _codes(self, site: Site, way: Way, statistics: Mapping[Any, Any], scales: static.Scales) -> Codes:
         grid, granularity = way
         clip = self.clip == "mse"
-        if self.rounding == "gptq" and site.calibrated and len({(u.order, u.grouped) for u in site.uses}) == 1:
-            gram = sum(_matrices(statistics[use.gram].products) for use in site.uses)
-            return rounding.gptq(
-                site.held,
-                site.uses[0],
-                np.asarray(gram),
-                grid,
-                granularity,
-                clip=clip,
-                order=self.order,
-                damp=self.damp,
-            )
         least = static.least_scales(site, scales) if scales else None
-        return rounding.nearest(site.held, grid, granularity, clip=clip, least=least)
+        if not self._swept(site):
+            return rounding.nearest(site.held, grid, granularity, clip=clip, least=least)
+        gram = np.asarray(sum(_matrices(statistics[use.gram].products) for use in site.uses))
+        how: dict[str, Any] = {"clip": clip, "order": self.order, "damp": self.damp, "least": least}
+        return rounding.gptq(site.held, site.uses[0], gram, grid, granularity, **how)
 
 
 def _matrices(products: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

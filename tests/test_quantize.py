@@ -413,6 +413,41 @@ def test_gptq_of_convolutions_and_layer_after_layer() -> None:
     assert errors["gptq"] < errors["nearest"]
 
 
+def test_biases_make_up_for_the_means() -> None:
+    samples = [{"x": sample["x"] + 3} for sample in pictures()]
+    shifts = []
+    for correct in (False, True):
+        model = images(2)
+        want = np.concatenate([run(model, **sample)["y"] for sample in samples])
+        quantized(model, context(samples), correct=correct, bits=4)
+        got = np.concatenate([run(model, **sample)["y"] for sample in samples])
+        shifts.append(np.abs((got - want).mean(0)).max())
+    assert shifts[1] < 0.5 * shifts[0]
+
+
+def test_a_bias_is_corrected_exactly() -> None:
+    samples = rows()
+    model = build("y = MatMul(x, w)", "float[N,64] x", "float[N,48] y", w=normal(64, 48))
+    want = np.concatenate([run(model, **sample)["y"] for sample in samples]).mean(0)
+    quantized(model, context(samples), bits=3, scheme="weights", correct=True)
+    got = np.concatenate([run(model, **sample)["y"] for sample in samples]).mean(0)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_biases_of_layers_with_tiny_weights_do_not_overflow() -> None:
+    """Weights of a channel so small that its bias on their scale would leave 32 bits."""
+    w, b = normal(4, 32, 1, 1), np.full(4, 5.0, np.float32)
+    w[1] *= 1e-12
+    w[2] = 0
+    for how in ("nearest", "gptq"):
+        model = build("y = Conv(x, w, b)", "float[N,32,1,1] x", "float[N,4,1,1] y", w=w, b=b)
+        samples = [{"x": normal(20, 32, 1, 1)}]
+        want = run(model, **samples[0])["y"]
+        quantized(model, context(samples), scheme="static", rounding=how)
+        got = run(model, True, **samples[0])["y"]
+        assert np.abs(got - want).max() < 0.03 * np.abs(want).max()
+
+
 # Products in integers.
 
 

@@ -100,8 +100,7 @@ def nearest(
             weight = weight[at]
         scale, zero = fit(part, grid, granularity, dtype, clip=clip, importance=weight)
         if least is not None:
-            empty = granularity.reduced(np.abs(part), np.max) == 0
-            scale = np.where(empty & (least[piece] > 0), least[piece], np.maximum(scale, least[piece]))
+            scale = _at_least(scale, least[piece], part, granularity)
         spread = [granularity.spread(each, part.shape) for each in (scale, zero)]
         codes[at if axis is not None else ...] = grid.codes(part, *spread).astype(codes.dtype)
         found.append((scale, zero))
@@ -109,6 +108,12 @@ def nearest(
     edit.release(held)
     joined = [found[0][i] if axis is None else _joined([f[i] for f in found], axis, granularity) for i in (0, 1)]
     return _made(codes, joined[0], joined[1], held, grid, granularity)
+
+
+def _at_least(scale: Array, least: Array, values: Array, granularity: Granularity) -> Array:
+    """Scales no smaller than some; those of groups of zeros are these, where there are some."""
+    empty = granularity.reduced(np.abs(values), np.max) == 0
+    return np.where(empty & (least > 0), least, np.maximum(scale, least))
 
 
 def _joined(parts: list[Array], axis: int, granularity: Granularity) -> Array:
@@ -125,6 +130,7 @@ def gptq(
     clip: bool = False,
     order: bool = True,
     damp: float = 0.01,
+    least: Array | None = None,
 ) -> Codes:
     """Codes of a weight by GPTQ (2023): columns one after the other, the later ones making up for the earlier.
 
@@ -140,10 +146,13 @@ def gptq(
         clip: Whether ranges are narrowed for the least squared error, weighted with the inputs' squares.
         order: Whether columns with the largest inputs come first.
         damp: See :func:`graphc.sparsity.sweep.sweep`.
+        least: Scales are no smaller than these, ``(channels,)``; for scales of one axis.
     """
     array = held.numpy().astype(np.float32)
     edit.release(held)
     scale, zero = fit(array, grid, granularity, held.dtype.numpy(), clip=clip)
+    if least is not None:
+        scale = _at_least(scale, least, array, granularity)
     spread = [
         np.broadcast_to(granularity.spread(each.astype(np.float32), array.shape), array.shape) for each in (scale, zero)
     ]
