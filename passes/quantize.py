@@ -13,8 +13,20 @@ import onnx_ir as ir
 from graphc import edit, shapes
 from graphc.contract import Context, Effect, Needs, Pass, PassResult, option
 from graphc.errors import BadInput
-from graphc.pruning.search import solve
-from graphc.quantization import activations, advice, correction, dynamic, rounding, sensitivity, sites, static, store
+from graphc.quantization import (
+    activations,
+    advice,
+    allocation,
+    correction,
+    dynamic,
+    rounding,
+    scaling,
+    sensitivity,
+    sites,
+    static,
+    store,
+)
+from graphc.quantization.allocation import Way
 from graphc.quantization.granularity import Granularity
 from graphc.quantization.grid import Grid
 from graphc.quantization.rounding import Codes
@@ -26,9 +38,6 @@ MEASURED = 64 << 20
 
 SHORT = 16
 """Inputs of an output from which GPTQ is worth its time; depthwise convolutions have less."""
-
-Way = tuple[Grid, Granularity]
-"""How a weight is quantized."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,11 @@ class Quantize(Pass):
     order: bool = option(True, "For rounding=gptq: columns with the largest inputs first.")
     damp: float = option(0.01, "For rounding=gptq: what is added to the Gram matrix's diagonal, as a part of its mean.")
     sequential: bool = option(False, "For rounding=gptq: collect each layer's inputs from quantized layers before it.")
+    scaling: Literal["none", "smooth", "awq"] = option(
+        "none",
+        "Move scales from activations to weights first, which is exact: SmoothQuant, or AWQ's search; calibrated.",
+    )
+    alpha: float = option(0.5, "For scaling=smooth: how much of the activation's range moves, from 0 to 1.")
     correct: bool = option(
         False, "Add to biases what the rounding of weights takes from the outputs' means; calibrated."
     )
@@ -101,7 +115,13 @@ class Quantize(Pass):
                 where=where,
                 hint="leave bits, block, symmetric, form and budget out",
             )
-        if self.damp <= 0 or not 50 < self.percentile <= 100 or self.keep < 0 or self.budget < 0:
+        if (
+            self.damp <= 0
+            or not 0 <= self.alpha <= 1
+            or not 50 < self.percentile <= 100
+            or self.keep < 0
+            or self.budget < 0
+        ):
             raise BadInput(
                 "an option is out of its range", where=where, hint="damp > 0, percentile 50 to 100, keep >= 0"
             )
@@ -110,15 +130,22 @@ class Quantize(Pass):
                 raise BadInput(f"weights of '{kind}' are not looked at", where=where, hint=", ".join(KINDS))
 
     def needs(self, model: ir.Model) -> Needs:
-        wanted = self.scheme == "static" or self.rounding == "gptq" or self.correct or self.keep or self.budget
+        wanted = (
+            self.scheme == "static"
+            or self.rounding == "gptq"
+            or self.scaling != "none"
+            or self.correct
+            or self.keep
+            or self.budget
+        )
         return Needs(calibration=bool(wanted))
 
     def levels(self, model: ir.Model) -> Sequence[Pass]:
         """More and more layers kept, the most sensitive first; of few bits, then 8 bits for all and the same again."""
         count = len(self._sites(model, PassResult()))
-        found: list[Pass] = [dataclasses.replace(self, keep=n) for n in _steps(self.keep, count)]
+        found: list[Pass] = [dataclasses.replace(self, keep=n) for n in allocation.steps(self.keep, count)]
         if self.scheme == "weights" and self.bits < 8 and self.form == "int":
-            found += [dataclasses.replace(self, bits=8, keep=n) for n in _steps(0, count)]
+            found += [dataclasses.replace(self, bits=8, keep=n) for n in allocation.steps(0, count)]
         return found
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
@@ -141,6 +168,8 @@ class Quantize(Pass):
             return result
         for note in advice.notes(self, model, ctx.target):
             result.note(note)
+        if self.scaling != "none":
+            self._scale(model, [(site, way) for site, way in zip(found, ways, strict=True) if way], ctx, result)
         if self.budget:
             ways = self._allocated(model, found, ways, ctx, result)
         if self.keep:
@@ -204,6 +233,19 @@ class Quantize(Pass):
             return "it holds NaN or infinity"
         return ""
 
+    def _scale(self, model: ir.Model, chosen: Sequence[tuple[Site, Way]], ctx: Context, result: PassResult) -> None:
+        """Move scales from activations to the weights that read them."""
+        found = scaling.groups(chosen)
+        if not found or self.scaling == "none":
+            result.refuse("", "no normalisation could take the scales of what reads it")
+            return
+        names = edit.Names(model)
+        statistics = ctx.collect(model, {members[0][0].uses[0].moments for members in found})
+        for i, members in enumerate(found):
+            ctx.progress("scaling", i, len(found))
+            moved = scaling.move(members, statistics, self.scaling, self.alpha, names)
+            result.change("activation's scales moved to its weights", int(moved))
+
     # Layers that get more bits than others.
 
     def _losses(
@@ -257,7 +299,9 @@ class Quantize(Pass):
             kept[i] = self._way(found[i], bits) if self.scheme == "weights" else None
         names = [f"{found[i].name} ({losses[i]:.1e})" for i in order[: self.keep]]
         more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-        cost = sum(_nbytes(found[i], kept[i]) - _nbytes(found[i], ways[i]) for i in order[: self.keep])
+        cost = sum(
+            allocation.nbytes(found[i], kept[i]) - allocation.nbytes(found[i], ways[i]) for i in order[: self.keep]
+        )
         held = f"{bits} bits" if bits and self.scheme == "weights" else "their own type"
         result.note(
             f"quantize: the {len(names)} most sensitive layers keep {held}, {cost:,} bytes more: "
@@ -269,34 +313,14 @@ class Quantize(Pass):
         self, model: ir.Model, found: Sequence[Site], ways: Sequence[Way | None], ctx: Context, result: PassResult
     ) -> list[Way | None]:
         """The bits of each layer by a knapsack over what its errors cost."""
-        own = [i for i, way in enumerate(ways) if way and not found[i].gathers]
         version = model.graph.opset_imports.get("", 0)
-        choices: list[list[Way | None]] = [
-            [way for bits in sorted(self.choices) if (way := self._way(site, bits)) and way[0].opset <= version]
-            + [None]
-            if i in own
-            else []
-            for i, site in enumerate(found)
-        ]
+        choices: list[list[Way | None]] = []
+        for site, way in zip(found, ways, strict=True):
+            own = [self._way(site, bits) for bits in sorted(self.choices)] if way and not site.gathers else []
+            choices.append([each for each in own if each and each[0].opset <= version] + ([None] if own else []))
         losses = self._losses(model, found, choices, ctx)
-        curves = []
-        for i in own:
-            whole = found[i].held.nbytes
-            row = [(k, float(whole - _nbytes(found[i], way)), losses[i][k]) for k, way in enumerate(choices[i])]
-            curves.append(row)
-        total = sum(found[i].held.nbytes for i in own)
-        size = sum(found[i].held.size for i in own)
-        picked = solve(curves, total - self.budget * size / 8)
-        new = list(ways)
-        counts: dict[str, int] = {}
-        for i, k in zip(own, picked, strict=True):
-            new[i] = choices[i][k]
-            way = new[i]
-            label = f"{way[0].bits} bits" if way else "their own type"
-            counts[label] = counts.get(label, 0) + 1
-        spent = 8 * sum(_nbytes(found[i], new[i]) for i in own) / max(size, 1)
-        shares = ", ".join(f"{n} layers {label}" for label, n in sorted(counts.items()))
-        result.note(f"quantize: {spent:.2f} bits per weight: {shares}")
+        new, note = allocation.share(found, ways, choices, losses, self.budget)
+        result.note(f"quantize: {note}")
         return new
 
     # The rewriting.
@@ -388,23 +412,3 @@ class Quantize(Pass):
 
 def _matrices(products: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return products.reshape(-1, *products.shape[-2:])
-
-
-def _steps(start: int, count: int) -> list[int]:
-    """How many layers are kept: one after the other at first, then in steps of a third."""
-    found, step = [], start
-    while step < max(count, start + 1):
-        found.append(step)
-        step += max(1, step // 3)
-    return found
-
-
-def _nbytes(site: Site, way: Way | None) -> int:
-    """Bytes of a weight in a way, scales included."""
-    held = site.held
-    if way is None:
-        return held.nbytes
-    grid, granularity = way
-    groups = granularity.reduced(np.broadcast_to(np.zeros((), np.int8), site.shape), np.min).size
-    zeros = 0 if grid.symmetric else groups * grid.dtype.bitwidth / 8
-    return int(held.size * grid.dtype.bitwidth / 8 + groups * held.dtype.bitwidth / 8 + zeros)

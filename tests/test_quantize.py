@@ -19,7 +19,7 @@ from graphc.errors import BadInput
 from graphc.model import load, save
 from graphc.passes.quantize import Quantize
 from graphc.passes.shrink import Shrink
-from graphc.quantization import activations, rounding
+from graphc.quantization import activations, rounding, scaling, sites
 from graphc.quantization.granularity import Granularity
 from graphc.quantization.grid import Grid
 from graphc.stats import Collector
@@ -446,6 +446,54 @@ def test_biases_of_layers_with_tiny_weights_do_not_overflow() -> None:
         quantized(model, context(samples), scheme="static", rounding=how)
         got = run(model, True, **samples[0])["y"]
         assert np.abs(got - want).max() < 0.03 * np.abs(want).max()
+
+
+def normed() -> ir.Model:
+    """A normalisation, one of whose channels is a hundred times as large, that two products read."""
+    g = np.ones(64, np.float32)
+    g[5] = 100
+    return build(
+        "n = LayerNormalization(x, g, d) a = MatMul(n, w) b = MatMul(n, v) y = Add(a, b)",
+        "float[N,M,64] x",
+        "float[N,M,48] y",
+        g=g,
+        d=normal(64),
+        w=normal(64, 48),
+        v=normal(64, 48, seed=2),
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scaling": "smooth", "scheme": "dynamic"},
+        {"scaling": "smooth", "scheme": "static"},
+        {"scaling": "awq", "bits": 3, "block": 16},
+    ],
+)
+def test_scales_that_move_are_exact_and_help(options: dict[str, Any]) -> None:
+    samples = [{"x": normal(2, 30, 64, seed=i)} for i in range(3)]
+    want = run(normed(), **samples[0])["y"]
+    errors = []
+    for each in ({**options, "scaling": "none"}, options):
+        model = normed()
+        result = quantized(model, context(samples), **each)
+        errors.append(np.square(run(model, **samples[0])["y"] - want).sum())
+    assert "activation's scales moved to its weights" in result.changes
+    assert errors[1] < 0.5 * errors[0]
+
+
+@pytest.mark.parametrize("method", ["smooth", "awq"])
+def test_moving_scales_alone_changes_nothing(method: Any) -> None:
+    samples = [{"x": normal(2, 30, 64, seed=i)} for i in range(3)]
+    model = normed()
+    want = run(model, **samples[0])["y"]
+    chosen = [(s, (Grid(3), Granularity(0, 16))) for s in sites.find(model, ("MatMul",), (), (), 0, PassResult())]
+    members = scaling.groups(chosen)[0]
+    statistics = context(samples).collect(model, {members[0][0].uses[0].moments})
+    assert scaling.move(members, statistics, method, 0.5, edit.Names(model))
+    np.testing.assert_allclose(run(model, **samples[0])["y"], want, atol=1e-5 * np.abs(want).max())
+    assert held(model, "g")[5] < 90
 
 
 # Products in integers.
