@@ -301,6 +301,52 @@ def shrink_page(results: Row) -> str:
     )
 
 
+FRONTENDS_PAGE = """\
+# Frontend benchmark
+
+Written by `bench/tables.py` from `frontends.json`; do not edit. Made by `python bench/frontends.py`; the last table has
+the settings of each model. {machine}; Python {python}; {versions}.{note}
+
+From a torch module (a factory) or a Hugging Face folder (`-hf`) to an ONNX file, each tool as a whole fresh process on
+one thread. `torch.onnx.export` runs alone, with its own optimisation on. `graphc` exports, optimises, and compares its
+result with torch and with what was exported; `graphc --no-verify` does not. Nodes are those of all graphs of a model,
+Constant nodes left out. Latency is the CPU time of ONNX Runtime on one thread with its own optimisation on, relative to
+what `torch.onnx.export` wrote, with the middle half of the alternating pairs; only where all of that is above 1 is
+graphc slower. The weights of `large-hf` are streamed from the folder into the file; its checks are included.
+
+{rows}
+
+## How each was measured
+
+{settings}
+"""
+
+
+def frontends_page(results: Row) -> str:
+    """The page of ``bench/frontends.py``'s results."""
+    rows = []
+    for model in results["models"]:
+        for tool, each in model["tools"].items():
+            if each["failure"]:
+                rows.append([model["name"], tool, *"-----", each["failure"]])
+                continue
+            latencies = (
+                f"{at + ': ' if at != 'model' else ''}{r['ratio']:.2f} ({r['ratio_low']:.2f} to {r['ratio_high']:.2f})"
+                for at, r in each.get("latency", {}).items()
+            )
+            numbers = [f"{each['wall_s']:.1f}", f"{each['cpu_s']:.1f}", f"{each['anon_mb']:.0f}"]
+            weights, nodes = f"{each['weights_mb']:.0f}", f"{each['nodes']:,}"
+            rows.append([model["name"], tool, *numbers, weights, nodes, ", ".join(latencies)])
+    header = ["model", "tool", "wall, s", "CPU, s", "peak anonymous, MB", "weights, MB", "nodes", "latency"]
+    return FRONTENDS_PAGE.format(
+        **{key: results[key] for key in ("machine", "python")},
+        note=note(results),
+        settings=settings(results["models"]),
+        versions=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
+        rows=table(header, rows),
+    )
+
+
 def readme_table(results: Row) -> str:
     """README.md's table: what graphc made of some of the models."""
     rows = []
@@ -326,7 +372,11 @@ def readme_table(results: Row) -> str:
     return table(header, rows)
 
 
-PAGES: dict[str, Callable[[Row], str]] = {"compile": compile_page, "shrink": shrink_page}
+PAGES: dict[str, Callable[[Row], str]] = {
+    "compile": compile_page,
+    "frontends": frontends_page,
+    "shrink": shrink_page,
+}
 """What writes ``NAME.md`` from ``NAME.json``."""
 
 

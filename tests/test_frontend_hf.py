@@ -302,7 +302,10 @@ def source_config(folder: Path) -> Any:
 def test_every_decoder_generates_what_torch_does(family: str, folders: Any, tmp_path: Path) -> None:
     graphc.optimize(folders(family), tmp_path / "out", measure=False, verify=False, cache=False)
     ids, mask = prompt()
-    found = generated(tmp_path / "out", ids=ids, mask=mask, tokens=12, start=3)
+    asked = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    last = asked.get("forced_eos_token_id")
+    assert (last is not None) == (family == "bart")
+    found = generated(tmp_path / "out", ids=ids, mask=mask, tokens=12, start=3, last=last)
     np.testing.assert_array_equal(found, greedy(make(family), ids, mask, 12))
 
 

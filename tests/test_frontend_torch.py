@@ -264,7 +264,7 @@ class Recurrent(nn.Module):
         return self.cell(x)[0]
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("kind", [nn.LSTM, pytest.param(nn.GRU, marks=pytest.mark.slow)])
 def test_recurrent(kind: type[nn.RNNBase]) -> None:
     torch.manual_seed(0)
     source = graphc.load(Recurrent(kind).eval(), torch.randn(1, 5, 6))

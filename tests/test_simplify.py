@@ -396,6 +396,20 @@ def test_a_folded_layout_keeps_the_name_of_the_weight() -> None:
     assert operators(after) == ["MatMul"] and list(after.graph.initializers) == ["weight"]
 
 
+def test_a_folded_layout_is_a_view(tmp_path: Path) -> None:
+    """All weights of a large model together are not copied, though each of them is small."""
+    weight = np.random.default_rng(0).standard_normal((256, 512), np.float32)
+    weight.tofile(tmp_path / "w")
+    model = read("g (float[N,512] x) => (float[N,256] y) { t = Transpose(w) y = MatMul(x, t) }")
+    shape = ir.Shape((256, 512))
+    stored = ir.ExternalTensor(tmp_path / "w", 0, weight.nbytes, ir.DataType.FLOAT, shape=shape, name="w")
+    model.graph[0].replace_input_with(0, edit.initializer(model.graph, stored, "w"))
+    Simplify().run(model, CONTEXT)
+    held = model.graph.initializers["w"].const_value
+    assert held is not None and held.shape == (512, 256)
+    assert np.shares_memory(held.numpy(), stored.numpy())
+
+
 def test_a_declared_shape_is_only_a_hint() -> None:
     text = "g (float[N,M] x) => (float[P] y) <float[A] a> { a = Relu(x)  s = Shape(a)  y = ConstantOfShape(s) }"
     model = read(text.replace("<float[A] a>", "").replace("float[P] y", "float[P,Q] y"))

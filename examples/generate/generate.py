@@ -48,7 +48,7 @@ def run(session, inputs):
     return outputs, present
 
 
-def generate(folder, ids, mask=None, tokens=20, end=(), start=0):
+def generate(folder, ids, mask=None, tokens=20, end=(), start=0, first=None, last=None):
     """Continue sequences by the most likely token, again and again.
 
     Args:
@@ -58,6 +58,8 @@ def generate(folder, ids, mask=None, tokens=20, end=(), start=0):
         tokens: How many to generate at most.
         end: Tokens that end a sequence.
         start: For an encoder with a decoder: the token that the decoder starts with.
+        first: The token to begin with, whatever is likely; some models ask for one.
+        last: The token to stop with where ``tokens`` are reached.
 
     Returns:
         The generated tokens, [batch, up to ``tokens``]; after its end, a sequence repeats the token that ended it.
@@ -65,23 +67,25 @@ def generate(folder, ids, mask=None, tokens=20, end=(), start=0):
     parts = sessions(Path(folder))
     mask = np.ones_like(ids) if mask is None else mask
     past, inputs = {}, {"input_ids": ids, "attention_mask": mask}
-    first = parts.get("prefill") or parts.get("model")
+    reads = parts.get("prefill") or parts.get("model")
     if "encoder" in parts:
         encoded, past = run(parts["encoder"], inputs)
         inputs = {"encoder_attention_mask": mask, "encoder_hidden_states": encoded["last_hidden_state"]}
         inputs["input_ids"] = np.full((len(ids), 1), start, np.int64)
         inputs["attention_mask"] = np.ones((len(ids), 1), np.int64)
-        first = parts["decoder"]
-    further = parts.get("decode") or first
+        reads = parts["decoder"]
+    further = parts.get("decode") or reads
     keeps = any(value.name.startswith("past_key_values.") for value in further.get_inputs())
     made, done = [], np.zeros(len(ids), bool)
     for step in range(tokens):
         seen = inputs["attention_mask"]
         positions = np.maximum(np.cumsum(seen, 1) - 1, 0)
         inputs["position_ids"] = positions[:, -inputs["input_ids"].shape[1] :]
-        outputs, present = run(further if step else first, inputs | past)
+        outputs, present = run(further if step else reads, inputs | past)
         past |= present
         best = np.argmax(outputs["logits"][:, -1], axis=-1)
+        forced = last if step == tokens - 1 and last is not None else first if step == 0 else None
+        best = best if forced is None else np.full_like(best, forced)
         best = np.where(done, made[-1], best) if made else best
         made.append(best)
         done |= np.isin(best, list(end))
@@ -111,6 +115,8 @@ def main():
         tokens=arguments.tokens,
         end=[end] if isinstance(end, int) else end,
         start=settings.get("decoder_start_token_id") or 0,
+        first=settings.get("forced_bos_token_id"),
+        last=settings.get("forced_eos_token_id"),
     )
     print(tokenizer.decode(made[0].tolist()))
 

@@ -14,7 +14,9 @@ from graphc.shapes import Facts, fold
 from graphc.shapes.kernels import CannotFold
 
 LARGE = 16 << 20
-"""Bytes from which a computed constant is not held in memory: it is a view, or computed when it is written."""
+"""Bytes from which a computed constant is not held in memory: it is computed when it is written."""
+_VIEW = 256 << 10
+"""Bytes from which another layout of a constant is no copy: all layers together may be large though no weight is."""
 _RELAYOUT = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 """Operators whose result is the same weight in another form, and keeps its name."""
 _LAZY = frozenset({"Add", "Concat", "Mul", "Neg", "Sqrt", "Sub", "Tile", "Where"})
@@ -80,8 +82,8 @@ class Constants:
                 return
             self._shared[key] = self._put(value, ir.tensor(np.array(data, order="C")))
         else:
-            # Large views of what is on disk, and fills, stay views: they take no memory until they are written.
-            self._put(value, ir.tensor(data if data.nbytes >= LARGE or _is_fill(data) else np.array(data, order="C")))
+            # Views of what is on disk, and fills, stay views: they take no memory until they are written.
+            self._put(value, ir.tensor(data if data.nbytes >= _VIEW or _is_fill(data) else np.array(data, order="C")))
 
     def fold(self, node: ir.Node) -> None:
         """Compute a node whose inputs are all constant, and let its readers read the result.
