@@ -54,10 +54,10 @@ class Tvm(Backend):
         emit.lowered(model, self.shapes)
 
     def emit(self, model: ir.Model, folder: Path, *, progress: Progress = no_progress) -> Mapping[str, Any]:
-        from graphc.tvm import cuda, emit, install, targets, tune
+        from graphc.tvm import contain, cuda, install, tune
 
-        target = targets.resolve(self.target, self.threads, self.arch)
-        needs = emit.emit(model, folder, target, self.shapes, tune.Budget(60 * self.tune, self.trials), progress)
+        budget = tune.Budget(60 * self.tune, self.trials)
+        needs = contain.emit(model, folder, self.target, self.threads, self.arch, self.shapes, budget, progress)
         names = ["libtvm_runtime.so", *([cuda.RUNTIME] if needs["device"] == "cuda" else [])]
         for library in map(install.library, names if self.runtime else []):
             if library is not None:

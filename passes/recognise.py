@@ -60,10 +60,14 @@ class Recognise(Pass):
         why = _raise_opset(model, ctx)
         if why:
             result.refuse(model.graph.name or "the graph", why)
+            enabled -= OPERATORS.keys()
         graph = Graph(model, enabled, ctx.target)
         for name, operator in OPERATORS.items():
-            if name in enabled and graph.version >= _NEWEST and not graph.runs(operator, _NEWEST):
-                result.refuse(model.graph.name or "the graph", f"{ctx.target.name} has no kernel for {operator}")
+            if name in enabled and not graph.runs(operator, _NEWEST):
+                why = f"{ctx.target.name} has no kernel for {operator}"
+                if graph.version < _NEWEST:
+                    why = "a function of the model is of an older opset"
+                result.refuse(model.graph.name or "the graph", why)
                 enabled -= {name}
         for stage in STAGES:
             rules: dict[str, list[Rule]] = {}
@@ -79,10 +83,10 @@ def _raise_opset(model: ir.Model, ctx: Context) -> str:
     """Bring the model to the opset that has the operators; why not, if it stays at a lower one."""
     now = model.opset_imports.get("", 1)
     highest = ctx.target.max_opset.get("", now)
-    if now >= _NEWEST:
-        return ""
     if highest < _NEWEST:
         return f"{ctx.target.name} loads opsets up to {highest}; the operators are of opset {_NEWEST}"
+    if now >= _NEWEST:
+        return ""
     try:
         upgrade(model.clone(), _NEWEST)
     except Unconvertible as error:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 
 from graphc import compiled, pipeline, runtime
 from graphc.checking import inputs
+from graphc.contract import no_progress
 from graphc.errors import BadInput
 from graphc.opset.expand import expand
 from graphc.recipe import parse_backend
@@ -156,17 +158,19 @@ def tvm() -> Any:
 
 
 def build(model: ir.Model, folder: Path, *shapes: str) -> Any:
-    """Compile a model as it is, without passes before; load it."""
+    """Compile a model as it is, without passes before, in this process; load it."""
+    from graphc.tvm import emit, targets, tune
+
     target = parse_backend("tvm", {"shapes": shapes, "threads": 2, "runtime": False})
     folder.mkdir(exist_ok=True)
-    needs = target.emit(model, folder)
+    needs = emit.emit(model, folder, targets.resolve("x86-64-v3", 2), shapes, tune.Budget(), no_progress)
     (folder / "graphc.json").write_text(json.dumps({"target": target.spec(), "runtime": dict(needs)}))
     return target.load(folder)
 
 
 def weight(name: str, *shape: int, seed: int = 0) -> ir.Value:
     """An initializer of random numbers."""
-    data = (np.random.default_rng(seed).standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
+    data = (np.random.default_rng(seed).standard_normal(shape) / np.sqrt(shape[-1] if shape else 1)).astype(np.float32)
     return ir.Value(
         name=name,
         shape=ir.Shape(shape),
@@ -191,6 +195,8 @@ FAMILIES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
     "attention": ("y = Attention<is_causal: int = 1>(x, x, x)", {}),
     "swish": ("a = Swish(x)\n y = Gelu(a)", {}),
     "sum": ("y = Sum(x, x, x)", {}),
+    "smallest": ("a = Conv(x, w)\n b = Min(a, a)\n y = Max(b, a, s)", {"w": (24, 4, 3, 3), "s": ()}),
+    "scalars": ("a = ReduceMax<keepdims: int = 0>(x)\n b = Min(a, s)\n y = Mul(x, b)", {"s": ()}),
     "power": ("t = Constant<value: tensor = int64 {2}>()\n y = Pow(x, t)", {}),
     "mean": ("y = GlobalAveragePool(x)", {}),
     "reduce": ("a = Constant<value: tensor = int64[1] {-1}>()\n y = ReduceSumSquare(x, a)", {}),
@@ -350,7 +356,7 @@ def test_inputs_of_a_bucket_fit() -> None:
 
 
 def test_tuning_measures_remembers_and_goes_on(tvm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from graphc.tvm import tune
+    from graphc.tvm import emit, targets, tune
 
     monkeypatch.setenv("GRAPHC_CACHE_DIR", str(tmp_path / "cache"))
     measured: list[float] = []
@@ -365,11 +371,12 @@ def test_tuning_measures_remembers_and_goes_on(tvm: Any, tmp_path: Path, monkeyp
     model.graph.initializers["w"] = own = weight("w", 64, 48)
     model.graph.node(0).replace_input_with(1, own)
     target = parse_backend("tvm", {"trials": 3, "threads": 2})
-    needs = {}
+    needs: Mapping[str, Any] = {}
     for number, count in enumerate((3, 6)):
         folder = tmp_path / f"out{number}"
         folder.mkdir()
-        needs = target.emit(model.clone(), folder)
+        budget = tune.Budget(trials=3)
+        needs = emit.emit(model.clone(), folder, targets.resolve("x86-64-v3", 2), (), budget, no_progress)
         assert len(measured) == count, "what is known is not measured again"
     (folder / "graphc.json").write_text(json.dumps({"target": target.spec(), "runtime": dict(needs)}))
     assert next(iter(needs["buckets"][0]["loops"].values())).keys() == {"height", "width", "pack"}
@@ -431,8 +438,12 @@ def test_without_nvcc_no_source_is_shipped(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.slow
 def test_cuda_is_compiled_without_a_gpu(tvm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from graphc.tvm import cuda
+    from graphc.tvm import contain, cuda, emit, targets
 
+    def here(model: ir.Model, folder: Path, target: str, threads: int, arch: Any, *rest: Any) -> Any:
+        return emit.emit(model, folder, targets.resolve(target, threads, arch), *rest)
+
+    monkeypatch.setattr(contain, "emit", here)
     kernels: list[str] = []
     really = subprocess.run
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -60,7 +59,11 @@ def prepare(module: Any, target: Any) -> Any:
     import tvm
     from tvm import relax
 
-    first = [relax.transform.DecomposeOpsForInference(), relax.transform.CanonicalizeBindings()]
+    first = [
+        relax.transform.DecomposeOpsForInference(),
+        relax.transform.CanonicalizeBindings(),
+        tvm.transform.module_pass(lambda mod, context: _unstacked(mod), opt_level=0, name="Unstack"),
+    ]
     layout = [relax.transform.ConvertLayout({"relax.nn.conv2d": ["NHWC", "HWIO"]}), relax.transform.Normalize()]
     passes = [
         tvm.transform.module_pass(lambda mod, context: _transposed(mod), opt_level=0, name="TransposeWeights"),
@@ -72,13 +75,37 @@ def prepare(module: Any, target: Any) -> Any:
         relax.transform.FuseTIR(),
         relax.transform.DeadCodeElimination(),
     ]
-    with target, _quiet(), _explained(target):
+    with target, _explained(target):
         module = tvm.transform.Sequential(first)(module)
         if target.kind.name == "llvm":
             # With channels last, every operator's innermost axis is contiguous. TVM cannot convert every graph.
             with contextlib.suppress(Exception):
                 module = tvm.transform.Sequential(layout)(module)
         return tvm.transform.Sequential(passes)(module)
+
+
+def _unstacked(module: Any) -> Any:
+    """Make concatenations of stacks: TVM 0.27 cannot convert their layouts, and divides by the rank of scalars."""
+    from tvm import relax
+    from tvm.ir import Op
+    from tvm.relax.expr_functor import PyExprMutator, mutator
+
+    stack = Op.get("relax.stack")
+
+    @mutator
+    class Unstack(PyExprMutator):  # type: ignore[misc]
+        def visit_call_(self, call: Any) -> Any:
+            call = self.visit_expr_post_order(call)
+            if not call.op.same_as(stack) or not isinstance(call.args[0], relax.Tuple):
+                return call
+            axis = 0 if call.attrs.axis is None else int(call.attrs.axis)
+            parts = [self.builder_.emit(relax.op.expand_dims(part, axis)) for part in call.args[0].fields]
+            return relax.op.concat(parts, axis)
+
+    function = module["main"]
+    body = Unstack(module).visit_expr(function.body)
+    module["main"] = relax.Function(function.params, body, function.ret_ty, function.is_pure, function.attrs)
+    return relax.transform.Normalize()(module)
 
 
 def _transposed(module: Any) -> Any:
@@ -153,7 +180,7 @@ def link(module: Any, target: Any, path: Path) -> None:
         cc.create_shared(output, list(objects), list(options), cc=compiler)
 
     create.output_format = "so"  # type: ignore[attr-defined]
-    with _quiet(), _explained(target), tempfile.TemporaryDirectory(prefix="graphc-") as folder:
+    with _explained(target), tempfile.TemporaryDirectory(prefix="graphc-") as folder:
         executable = tvm.compile(module, target=target)
         executable.export_library(str(path), fcompile=create, workspace_dir=folder)
 
@@ -170,16 +197,3 @@ def _explained(target: Any) -> Iterator[None]:
             why=lines[-1][:400],
             hint="-t onnxruntime runs it; please report this as a defect of graphc, with the model if you may",
         ) from None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """TVM's C++ code writes warnings to standard error that help nobody here."""
-    saved = os.dup(2)
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:  # noqa: PTH123  a device, no file
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)

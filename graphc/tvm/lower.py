@@ -1,7 +1,7 @@
 """Brings a model with fixed sizes to the operators that TVM's importer takes, and names what it cannot take.
 
 What the importer lacks, or gets wrong in some form, is replaced by the function body that ONNX gives for it, or by one
-of the few rewrites here.
+of the few rewrites here. ``tests/test_tvm_node_tests.py`` runs ONNX's own operator tests through both.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _obstacle(node: ir.Node, supported: frozenset[str]) -> str:
         if value is not None and value.dtype in _DTYPES:
             return f"{value.dtype.name.lower()} is not supported"
         if value is not None and value.shape is not None and 0 in value.shape:
-            # TVM divides by such sizes: the process would end.
+            # TVM's loops, and files that are mapped, need something to hold.
             return "tensors without elements are not supported"
     check = _CAVEATS.get(node.op_type)
     return check(node) if check else ""
