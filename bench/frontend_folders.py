@@ -65,8 +65,10 @@ FOLDERS: dict[str, tuple[Callable[[Path], None] | str, str, tuple[dict[str, int]
 graph all of them, of two graphs the first and the second."""
 
 
-def described(sizes: dict[str, int]) -> str:
-    """The sizes at which a graph is timed, in words."""
+def described(inputs: tuple[Input, ...], sizes: dict[str, int]) -> str:
+    """The sizes at which a graph is timed, in words; ``model`` where it takes no text."""
+    if not any(SEQUENCE in str(dim) for each in inputs for dim in each.dims):
+        return "model"
     past = f" after {sizes[PAST]}" if sizes[PAST] else ""
     return f"{sizes[SEQUENCE]} token{'s' * (sizes[SEQUENCE] > 1)}{past}"
 

@@ -108,7 +108,7 @@ def _latencies(name: str, folder: Path | None, outputs: dict[str, Path], seconds
     interface = frontend_folders.interface(folder, layout)
     parts = list(interface) if len(interface) > 1 else list(interface) * len(sizes)
     return {
-        frontend_folders.described(each): _ratio(
+        frontend_folders.described(interface[part], each): _ratio(
             before[part], after[part], frontend_folders.arrays(interface[part], each), seconds
         )
         for part, each in zip(parts, sizes, strict=True)
@@ -129,7 +129,7 @@ def _ratio(before: Path, after: Path, data: Mapping[str, Any] | None, seconds: f
             pair[i] = time.thread_time() - start
         pairs.append(pair)
     times = np.array(pairs[2:])
-    low, median, high = np.percentile(times[:, 1] / times[:, 0], (25, 50, 75))
+    low, median, high = (float(q) for q in np.percentile(times[:, 1] / times[:, 0], (25, 50, 75)))
     return {"ratio": round(median, 3), "ratio_low": round(low, 3), "ratio_high": round(high, 3)}
 
 
