@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from typing import Any
 import cache
 import numpy as np
 import process
+import tables
 
 from graphc import data, pipeline, runtime
 from graphc.frontends import load
@@ -77,12 +79,14 @@ class Experiment:
     variants: Sequence[Variant]
 
 
-def _methods(of: str, kinds: str, scale: float, ratios: Sequence[float], more: Mapping[str, str]) -> list[Variant]:
+def _methods(
+    of: str, kinds: str, scale: float, ratios: Sequence[float], more: Mapping[str, str], then: str = "shrink"
+) -> list[Variant]:
     """The same budgets for every method; ``scale`` turns a ratio into that of the whole model."""
     found = []
     for ratio in ratios:
         for name, options in more.items():
-            text = f"prune{{ratio={ratio * scale:.4f} of={of} kinds=[{kinds}] {options}}},shrink"
+            text = f"prune{{ratio={ratio * scale:.4f} of={of} kinds=[{kinds}] {options}}},{then}"
             found.append(Variant(name, ratio, text))
     return found
 
@@ -101,6 +105,14 @@ IMAGES = {
     "obs, evolution + ls": "criterion=obs allocate=evolution compensate=ls",
     "obs + ls, sequential": "criterion=obs compensate=ls sequential=true",
 }
+
+
+HEALED = {
+    "magnitude, healed": "criterion=l2",
+    "flap + ls, healed": "criterion=flap allocate=global compensate=ls",
+    "obs, per cost + ls, healed": "criterion=obs allocate=per-cost compensate=ls",
+}
+"""What is healed afterwards: 200 steps on the calibration images, with their labels."""
 
 
 def _fashion(name: str, kinds: str) -> Experiment:
@@ -123,6 +135,7 @@ def _fashion(name: str, kinds: str) -> Experiment:
         return float((np.concatenate(found) == labels).mean())
 
     variants = _methods("flops", kinds, 1.0, (0.3, 0.5), IMAGES)
+    variants += _methods("flops", kinds, 1.0, (0.3, 0.5), HEALED, "shrink,heal")
     sample = {"image": test[:32]}
     model = ROOT / "tests" / "data" / f"{name}.onnx"
     return Experiment(model, "simplify,fuse", calibration, accuracy, "accuracy", sample, variants)
@@ -140,8 +153,50 @@ TEXT = {
 }
 
 
-def _smollm2(text: Path) -> Experiment:
-    """SmolLM2-135M: perplexity on the first windows of the held-out text, at parts of the blocks' parameters."""
+DEPTH = {
+    "ShortGPT: influence, any blocks": "criterion=influence",
+    "angular, consecutive blocks": "criterion=angular",
+    "ReplaceMe: angular, linear map": "criterion=angular replace=linear",
+}
+
+EXPERTS = {
+    "random experts": "prune{kinds=[expert] ratio=0.25 criterion=random},shrink",
+    "STUN: router rows": "prune{kinds=[expert] ratio=0.25 criterion=stun},shrink",
+    "whole experts by frequency": "prune{kinds=[expert] ratio=0.25 criterion=frequency},shrink",
+    "UNCURL: whole experts by mass": "prune{kinds=[expert] ratio=0.25 criterion=mass},shrink",
+    "HEAPr: atomic experts": "sort-experts{criterion=heapr},"
+    "prune{kinds=[neuron] ratio=0.25 criterion=heapr allocate=global},shrink",
+}
+"""A quarter of the experts, or of the neurons inside of them: the same number of parameters."""
+
+
+def _mixtral(text: Path) -> Experiment:
+    """A Mixtral of bytes: bits for each byte of the held-out text."""
+
+    def rows(file: str, count: int) -> Array:
+        found = np.frombuffer((text / file).read_bytes(), np.uint8).astype(np.int64)
+        return found[: count * 256].reshape(count, 256)
+
+    held_out = rows("text_heldout.txt", 64)
+
+    def bits(path: Path) -> float:
+        session = runtime.session(path, optimise=True, threads=1)
+        total = 0.0
+        for row in held_out:
+            scores = session.run({"input_ids": row[None]})["logits"][0].astype(np.float64)[:-1]
+            scores -= scores.max(axis=-1, keepdims=True)
+            total += float((np.log(np.exp(scores).sum(axis=-1)) - scores[np.arange(255), row[1:]]).sum())
+        return total / (255 * len(held_out)) / math.log(2)
+
+    variants = [Variant(name, 0.25, recipe) for name, recipe in EXPERTS.items()]
+    model = ROOT / "tests" / "data" / "tiny_mixtral_bytes.onnx"
+    calibration = [{"input_ids": part} for part in np.split(rows("text_calib.txt", 64), 8)]
+    return Experiment(model, "simplify", calibration, bits, "bits per byte", {"input_ids": held_out[:1]}, variants)
+
+
+def _smollm2(text: Path, depth: bool = False) -> Experiment:
+    """SmolLM2-135M: perplexity on the first windows of the held-out text, at parts of the blocks' parameters; or
+    without a part of its blocks."""
     model = cache.model("smollm2-dynamo")
     source = load(model).model
     tokenizer = cache.root() / "smollm2-hf"
@@ -165,6 +220,8 @@ def _smollm2(text: Path) -> Experiment:
 
     blocks = 106.2 / 134.5
     variants = _methods("params", "head,neuron", blocks, (0.1, 0.2, 0.3), TEXT)
+    if depth:
+        variants = [Variant(n, 0.1, f"drop-blocks{{ratio=0.1 {options}}},shrink") for n, options in DEPTH.items()]
     sample = {name: array[:, :128] for name, array in held_out[0].items()}
     calibration = list(windows("text_calib.txt", CALIBRATION))
     return Experiment(model, "simplify,fuse", calibration, perplexity, "perplexity", sample, variants)
@@ -173,7 +230,9 @@ def _smollm2(text: Path) -> Experiment:
 EXPERIMENTS: dict[str, Callable[[Path], Experiment]] = {
     "fmnist_resnet": lambda text: _fashion("fmnist_resnet", "channel"),
     "fmnist_vit_tiny": lambda text: _fashion("fmnist_vit_tiny", "head,neuron"),
+    "tiny_mixtral": _mixtral,
     "smollm2": _smollm2,
+    "smollm2_depth": lambda text: _smollm2(text, depth=True),
 }
 
 
@@ -206,33 +265,9 @@ def measure(experiment: Experiment, dense: Path, variant: Variant, folder: Path,
         "quality": experiment.quality(path),
         "parameters": report.output["parameters"],
         "latency": times["variant"].median / times["dense"].median,
+        "load": round(os.getloadavg()[0], 1),
         "seconds": round(took, 1),
     }
-
-
-def page(document: Mapping[str, Any]) -> str:
-    """The results as Markdown."""
-    lines = ["# Quality", "", "Written by `bench/quality.py` from `quality.json`; do not edit.", ""]
-    for name, found in document["experiments"].items():
-        lines += [
-            f"## {name}",
-            "",
-            f"Dense: {found['metric']} {found['dense']['quality']:.4g}, {found['dense']['parameters']:,} parameters. "
-            f"Machine: {found['machine']}. Latency is that of ONNX Runtime, after / before; "
-            "empty where the machine was not quiet.",
-            "",
-            f"| removed | method | {found['metric']} | parameters | latency | seconds |",
-            "| ---: | --- | ---: | ---: | ---: | ---: |",
-        ]
-        for row in found["rows"]:
-            part = row["parameters"] / found["dense"]["parameters"]
-            latency = "" if row["latency"] is None else f"{row['latency']:.2f}"
-            lines.append(
-                f"| {row['ratio']:.0%} | {row['variant']} | {row['quality']:.4g} | {part:.2f} "
-                f"| {latency} | {row['seconds']:.0f} |"
-            )
-        lines.append("")
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -246,8 +281,11 @@ def main() -> None:
     a = parser.parse_args()
     document: dict[str, Any] = json.loads(a.out.read_text()) if a.out.exists() else {"schema": 1, "experiments": {}}
     for name in a.names or EXPERIMENTS:
-        if name == "smollm2" and (a.text is None or not cache.model("smollm2-dynamo").exists()):
-            print(f"skipping {name}: it needs --text, and bench/torch_models.py smollm2-dynamo")
+        if name.startswith("smollm2") and not cache.model("smollm2-dynamo").exists():
+            print(f"skipping {name}: it needs bench/torch_models.py smollm2-dynamo")
+            continue
+        if a.text is None and not name.startswith("fmnist"):
+            print(f"skipping {name}: it needs --text")
             continue
         experiment = EXPERIMENTS[name](a.text)
         with tempfile.TemporaryDirectory() as folder:
@@ -266,7 +304,7 @@ def main() -> None:
                 found["rows"] = sorted([*rows, row], key=lambda r: order.get((r["ratio"], r["variant"]), len(order)))
                 a.out.parent.mkdir(exist_ok=True)
                 a.out.write_text(json.dumps(document, indent=1) + "\n")
-                a.out.with_suffix(".md").write_text(page(document))
+                a.out.with_suffix(".md").write_text(tables.quality_page(document))
 
 
 if __name__ == "__main__":

@@ -372,9 +372,44 @@ def readme_table(results: Row) -> str:
     return table(header, rows)
 
 
+QUALITY_PAGE = """\
+# Quality
+
+Written by `bench/tables.py` from `quality.json`; do not edit. Made by
+`python bench/quality.py --text FOLDER`, which says what the models and their data are.
+
+Statistics come from calibration data, quality from held-out data. Latency is that of ONNX Runtime, after / before, with
+one thread and in turns; it is missing where it was not measured. Load is how many processes wanted a core meanwhile.
+"""
+
+
+def quality_page(results: Row) -> str:
+    """What compression costs and brings, a table for each experiment."""
+    lines = [QUALITY_PAGE]
+    for name, found in results["experiments"].items():
+        dense, metric = found["dense"], found["metric"]
+        rows = [
+            [
+                row["variant"],
+                f"{row['ratio']:.0%}",
+                f"{row['quality']:.4g}",
+                f"{row['parameters'] / dense['parameters']:.2f}",
+                "" if row["latency"] is None else f"{row['latency']:.2f}",
+                row.get("load", ""),
+                f"{row['seconds']:.0f}",
+            ]
+            for row in found["rows"]
+        ]
+        header = ["method", "removed", metric, "parameters", "latency", "load", "seconds"]
+        dense_text = f"Dense: {metric} {dense['quality']:.4g}, {dense['parameters']:,} parameters."
+        lines += [f"## {name}", "", f"{dense_text} {found['machine']}.", "", table(header, rows), ""]
+    return "\n".join(lines)
+
+
 PAGES: dict[str, Callable[[Row], str]] = {
     "compile": compile_page,
     "frontends": frontends_page,
+    "quality": quality_page,
     "shrink": shrink_page,
 }
 """What writes ``NAME.md`` from ``NAME.json``."""

@@ -12,9 +12,10 @@ from graphc.errors import BadInput, nearest
 from graphc.presets import GOALS
 from graphc.recipe import Recipe, type_text
 
-_CHOSEN = """\
-The recipe is chosen for the model, its target and the data given, and shown with the reason in the report. What the
-model is (a language model, a text encoder, a vision model, or none of these) is read off its graph."""
+_CHOSEN = (
+    "The recipe is chosen for the model, its target and the data given, and shown with the reason in the report. What "
+    "the model is (a language model, a text encoder, a vision model, or none of these) is read off its graph."
+)
 
 
 def catalogue() -> dict[str, Any]:
