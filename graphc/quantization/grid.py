@@ -15,6 +15,9 @@ from graphc.quantization.granularity import Granularity
 CLIPS = np.linspace(1.0, 0.5, 26)
 """Parts of the range that are tried where clipping is chosen by error."""
 
+TURNED = 4
+"""Bits up to which a symmetric grid may be turned around for the code that only one side has."""
+
 _SIGNED = {2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8}
 _UNSIGNED = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
 _FLOATS = {"float8e4m3fn": ir.DataType.FLOAT8E4M3FN, "float8e5m2": ir.DataType.FLOAT8E5M2}
@@ -137,11 +140,14 @@ def fit(
     """
     low, high = granularity.reduced(values, np.min), granularity.reduced(values, np.max)
     scale, zero = grid.scales(low, high, dtype)
-    if not clip:
+    few = grid.form == "int" and grid.symmetric and grid.bits <= TURNED
+    if not (clip or few):
         return scale, zero
+    candidates = [grid.scales(low * part, high * part, dtype) for part in (CLIPS if clip else CLIPS[:1])]
+    if few:
+        candidates += [(_turned(grid, low * part, high * part, dtype), zero) for part in (CLIPS if clip else CLIPS[:1])]
     best: Array | None = None
-    for part in CLIPS:
-        tried, offset = grid.scales(low * part, high * part, dtype)
+    for tried, offset in candidates:
         spread = (granularity.spread(tried, values.shape), granularity.spread(offset, values.shape))
         error = np.square(grid.rounded(values, *spread) - values)
         loss = granularity.reduced(error if importance is None else error * importance, np.sum)
@@ -152,3 +158,10 @@ def fit(
         scale, zero = np.where(better, tried, scale), np.where(better, offset, zero)
         best = np.minimum(best, loss)
     return scale, zero
+
+
+def _turned(grid: Grid, low: Array, high: Array, dtype: np.dtype[np.generic]) -> Array:
+    """Scales that bring the largest value to the code furthest out, which is negative: so they may be, too."""
+    low, high = np.minimum(low.astype(np.float64), 0), np.maximum(high.astype(np.float64), 0)
+    scale = _stored(np.maximum(high, -low) / -grid.reach[0], dtype)
+    return np.where(high > -low, -scale, scale)
