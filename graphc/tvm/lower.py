@@ -36,7 +36,8 @@ def lower(model: ir.Model) -> None:
         whole.simplify(model, PassResult())
         names = edit.Names(model)
         rewritten = sum(_rewrite(node, names) for graph in list(edit.graphs(model)) for node in list(graph))
-        expanded = expand(model, lambda node: bool(_obstacle(node, supported)))
+        # The body of Range is a loop, which would be refused in its place.
+        expanded = expand(model, lambda node: node.op_type != "Range" and bool(_obstacle(node, supported)))
         if not rewritten and not expanded:
             break
     missing: dict[str, list[ir.Node]] = {}
@@ -73,10 +74,12 @@ def _obstacle(node: ir.Node, supported: frozenset[str]) -> str:
     if node.op_type not in supported:
         return "there is no converter"
     for value in (*node.inputs, *node.outputs):
+        if value is not None and isinstance(value.type, ir.SequenceType | ir.OptionalType):
+            return "sequences are not supported"
         if value is not None and value.dtype in _DTYPES:
             return f"{value.dtype.name.lower()} is not supported"
         if value is not None and value.shape is not None and 0 in value.shape:
-            # TVM's loops, and files that are mapped, need something to hold.
+            # TVM's kernels do not take them at run time, or compute something where there is nothing to reduce.
             return "tensors without elements are not supported"
     check = _CAVEATS.get(node.op_type)
     return check(node) if check else ""
@@ -135,6 +138,17 @@ def _training(node: ir.Node) -> str:
     return "training mode is not supported" if attribute(node, "training_mode", 0) else _only_first_output(node)
 
 
+def _no_booleans(node: ir.Node) -> str:
+    value = node.inputs[0]
+    return "booleans are not supported" if value is not None and value.dtype == ir.DataType.BOOL else ""
+
+
+def _power(node: ir.Node) -> str:
+    base, exponent = node.inputs
+    whole_numbers = base is not None and base.dtype is not None and base.dtype.is_integer()
+    return "powers of integers are not supported" if whole_numbers and edit.tensor(exponent) is None else ""
+
+
 def _quantized(node: ir.Node) -> str:
     return "blocks are not supported" if attribute(node, "block_size", 0) else ""
 
@@ -151,9 +165,14 @@ _CAVEATS: dict[str, Callable[[ir.Node], str]] = {
     ),
     "LayerNormalization": _only_first_output,
     "MaxPool": _only_first_output,
+    "MaxUnpool": lambda node: "output_shape is not supported" if len(node.inputs) > 2 else "",
     "Pad": _needs_constant(1, 2, 3),
+    "Pow": _power,
     "QuantizeLinear": _quantized,
     "RMSNormalization": _rms,
+    "Range": _needs_constant(0, 1, 2),
+    "ReduceMax": _no_booleans,
+    "ReduceMin": _no_booleans,
     "Resize": _resize,
 }
 """What the importer gets wrong: why, by operator."""
@@ -238,9 +257,20 @@ def _is_inf(node: ir.Node, names: edit.Names) -> list[ir.Node] | None:
     return [ir.Node("", "Equal", [value, constant], num_outputs=1)]
 
 
+def _shape(node: ir.Node, names: edit.Names) -> list[ir.Node] | None:
+    """The ``Shape`` of a value with known sizes is a constant; the importer would give a tuple for it."""
+    value = node.inputs[0]
+    if value is None or value.shape is None or not value.shape.is_static() or node.graph is None:
+        return None
+    sizes = value.shape.numpy()[attribute(node, "start", 0) : attribute(node, "end", None)]
+    constant = edit.initializer(node.graph, np.array(sizes, np.int64), names.fresh(f"{node.outputs[0].name}_sizes"))
+    return [ir.Node("", "Identity", [constant], num_outputs=1)]
+
+
 _REWRITES: dict[str, Callable[[ir.Node, edit.Names], list[ir.Node] | None]] = {
     "DequantizeLinear": _blocked,
     "IsInf": _is_inf,
     "Pow": _pow,
+    "Shape": _shape,
     "Sum": _sum,
 }
