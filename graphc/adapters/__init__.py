@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -125,6 +125,22 @@ class Adapters:
         return [self.mode, self.combine, [each.weight for each in self.given]]
 
 
+def _refuse_split_ties(placed: Iterable[Any]) -> None:
+    """Refuse a tied weight of which only some readers are of the adapter's module: those in other graphs are not seen.
+
+    Raises:
+        BadInput: There is one.
+    """
+    for each in placed:
+        if each.site.uses is not None:
+            raise BadInput(
+                f"'{each.name}' cannot be folded into a model of several graphs",
+                where=f"weight '{each.site.value.name}'",
+                why="other layers are tied to its weight, and which of them follow the adapter cannot be told",
+                hint="merge the adapter with PEFT first, or leave this module out of it",
+            )
+
+
 def adapted(source: Source, wanted: Adapters, seed: int = 0) -> Source:
     """A source with adapters folded into its weights, or attached to it.
 
@@ -161,6 +177,8 @@ def adapted(source: Source, wanted: Adapters, seed: int = 0) -> Source:
         wishes = places.wishes(everything, how, seed)
         for graphs in zip(*models, strict=True):
             for graph, placed in zip(graphs, places.place(graphs, wishes), strict=True):
+                if source.others:
+                    _refuse_split_ties(placed)
                 fold.fold(graph, placed, done)
         report.changes = [what if n == 1 else f"{what} (×{n})" for what, n in done.changes.items()]
         report.refusals = [Refusal("", note) for note in dict.fromkeys(done.notes)]
