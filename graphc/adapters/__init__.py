@@ -15,6 +15,7 @@ from graphc.errors import BadInput, nearest
 if TYPE_CHECKING:
     from graphc.adapters.combine import Combine
     from graphc.adapters.folder import Folder
+    from graphc.adapters.places import Placed
     from graphc.frontends import Source
 
 Mode = Literal["fold", "dynamic"]
@@ -125,7 +126,7 @@ class Adapters:
         return [self.mode, self.combine, [each.weight for each in self.given]]
 
 
-def _refuse_split_ties(placed: Iterable[Any]) -> None:
+def _refuse_split_ties(placed: Iterable[Placed]) -> None:
     """Refuse a tied weight of which only some readers are of the adapter's module: those in other graphs are not seen.
 
     Raises:

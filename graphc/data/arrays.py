@@ -135,7 +135,11 @@ def _read(path: Path, required: Sequence[str]) -> dict[str, Array]:
             )
         return {required[0]: _npy(path)}
     if path.suffix != ".npz":
-        raise BadInput("data must be .npz, .npy or a folder of them", where=str(path))
+        raise BadInput(
+            "data cannot be of this form",
+            where=str(path),
+            hint="give .npz, .npy, a .txt with --tokenizer, a folder of arrays or pictures, or FILE.py:FUNCTION",
+        )
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
