@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from graphc import lora
 from graphc.contract import Context, Effect, Pass, PassResult
-from graphc.rewrites import lora
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import onnx_ir as ir
 
 from graphc import edit
 from graphc.edit import Array, attribute, is_op
+from graphc.lora.branch import Path, step, ways
+from graphc.lora.products import Product, product
 from graphc.rewrites.base import FLOATS, Refused, Rewriter
-from graphc.rewrites.branch import Path, step, ways
-from graphc.rewrites.products import Product, product
 from graphc.shapes import fold
 from graphc.shapes.kernels import CannotFold
 

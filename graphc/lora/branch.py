@@ -14,8 +14,8 @@ import onnx_ir as ir
 
 from graphc import edit
 from graphc.edit import Array, attribute, is_op
+from graphc.lora.products import Kind, Product, product
 from graphc.rewrites.base import FLOATS, Rewriter, dims
-from graphc.rewrites.products import Kind, Product, product
 
 DYNAMIC = "the scale is not constant: the adapter is meant to be switched"
 
@@ -65,6 +65,11 @@ class Path:
     def channels(self) -> int:
         """How many channels the result has."""
         return self.products[0].channels[1] if self.width is None else self.width
+
+    @property
+    def rank(self) -> int:
+        """How many channels the narrowest place in it has."""
+        return min(p.channels[1] for p in self.products[1:])
 
 
 @dataclass(frozen=True)
