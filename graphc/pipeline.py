@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphc.adapters import Adapter, Adapters
-from graphc.contract import Arrays, Backend, Context, Pass, no_progress
-from graphc.errors import BadInput, CheckFailed, nearest
-from graphc.gate import Gate, Judge
+from graphc.contract import Backend, Pass, Progress, no_progress
+from graphc.errors import BadInput
+from graphc.gate import Gate
 from graphc.recipe import DEFAULT, Recipe, parse_backend
-from graphc.report import PassReport, Report
-from graphc.runner import Done, Runner, Step
+from graphc.report import Report
 from graphc.settings import Settings
 from graphc.storage.files import check_destination
+from graphc.work import Work
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
-    from graphc.calibration import Calibration
-    from graphc.checking import Checker, Comparison
-    from graphc.data import Given, Origin, Samples
+    from graphc.checking import Comparison
+    from graphc.data import Given, Origin
     from graphc.frontends import Source
     from graphc.presets import Choice
-
-RESUME = "graphc.resume"
-"""Metadata key of a model that ``--stop-after`` wrote: what is left to do, and what was done."""
-
-Progress = Callable[[str, int, int], None]
 
 
 def optimize(
@@ -211,7 +201,7 @@ def run(
     for part, what in zip(loaded.parts, described, strict=True):
         own = _of_part(part, loaded, settings)
         choice = _chosen(part, own)
-        works.append(_Work(part, choice.applied(own) if choice else own, progress, what, choice))
+        works.append(Work(part, choice.applied(own) if choice else own, progress, what, choice))
     reports = [work.report() for work in works]
     report, recipe = reports[0], settings.recipe
     if loaded.others:
@@ -324,279 +314,8 @@ def _adapted(loaded: Source, settings: Settings, progress: Progress) -> Source:
     return adapted(loaded, settings.adapters, settings.seed)
 
 
-@dataclass
-class _Work:
-    """One run: what its checks and passes are made from.
-
-    Attributes:
-        loaded: The model as the frontend gave it.
-        settings: The flags.
-        progress: ``progress(what, done, total)``.
-        described: What the report says of the model as it came.
-        choice: What was chosen for a goal.
-        last: The checker that found the resulting model right, if one did.
-    """
-
-    loaded: Source
-    settings: Settings
-    progress: Progress
-    described: dict[str, Any]
-    choice: Choice | None = None
-    last: Checker | None = None
-
-    @cached_property
-    def calibrating(self) -> Samples | None:
-        """The user's data to collect statistics on."""
-        given = self.settings.calibrate if self.settings.calibrate is not None else self.settings.data
-        return self._load_data(given)
-
-    @cached_property
-    def checking(self) -> Samples | None:
-        """The user's data to check and measure on; where only one of both was given, it serves for both."""
-        if self.settings.data is None or self.settings.calibrate is None:
-            return self.calibrating
-        return self._load_data(self.settings.data)
-
-    @property
-    def samples(self) -> Sequence[Arrays]:
-        return self.checking or ()
-
-    def _load_data(self, given: Origin | None) -> Samples | None:
-        from graphc import data
-
-        return None if given is None else data.load(given, self.loaded.model)
-
-    @cached_property
-    def judge(self) -> Judge:
-        """Measures lossy passes against the model as it came."""
-        return Judge(self.loaded.original, self.samples, self.settings.seed, self.progress)
-
-    @cached_property
-    def calibration(self) -> Calibration:
-        """What collects the statistics that passes ask for."""
-        from graphc.calibration import Calibration
-
-        providers = self.settings.target.capabilities().providers
-        return Calibration.of(self.loaded.model, self.calibrating, self.settings, providers, self.progress)
-
-    def report(self) -> Report:
-        """Run the recipe, or what is left of it; what was done, without an output.
-
-        Raises:
-            CheckFailed: A pass was rolled back and ``strict`` was given, or a gate did not hold.
-        """
-        from graphc import timings
-
-        loaded, settings = self.loaded, self.settings
-        recipe, done = _resumed(loaded, settings)
-        now, later = _until(recipe, settings.stop_after)
-        done = self.run(now, done)
-        done.passes[:0] = [loaded.adapted] if loaded.adapted else []
-        done.warnings[:0] = loaded.warnings
-        if self.choice is not None and self.choice.warning:
-            done.warnings.insert(0, self.choice.warning)
-        report = Report(
-            input=self.described,
-            target=settings.target.spec(),
-            recipe=recipe.text(),
-            passes=done.passes,
-            rewrite=done.rewrite,
-            approximation=done.approximation,
-            measurements=dict(loaded.measurements),
-            warnings=done.warnings,
-            notes=list(loaded.notes),
-            preset=self.choice.to_json() if self.choice is not None else {},
-            timings=timings.digest(done.timings),
-            model=done.model,
-        )
-        if settings.strict and not report.ok:
-            failed = next(p for p in done.passes if p.error)
-            raise CheckFailed(
-                "a pass had to be rolled back (--strict)",
-                where=failed.options,
-                why=failed.error,
-                hint="run without --strict to get the output without it",
-            )
-        if later:
-            state = {"recipe": Recipe(later).text(), "done": done.to_json()}
-            done.model.metadata_props[RESUME] = json.dumps(state, sort_keys=True)
-        return report
-
-    def _timings_key(self) -> str:
-        """The hash of the timing table that is pinned, or the machine that is measured."""
-        from graphc import cache, timings
-
-        path = self.settings.timings
-        return cache.file_hash(path) if path is not None and path.is_file() else timings.machine()
-
-    def try_out(self, report: Report, emitted: Path) -> None:
-        """Try out what was emitted; see ``graphc.trial``."""
-        if not (self.settings.verify or self.settings.measure or self.settings.gates):
-            return
-        from graphc import trial
-
-        model = report.model
-        assert model is not None
-        trial.try_out(
-            report,
-            emitted,
-            self.loaded,
-            self.settings,
-            self.samples,
-            lambda: self.last or self.checker(model),
-            self.progress,
-        )
-
-    def checker(self, reference: ir.Model) -> Checker:
-        """A checker whose reference is the given model."""
-        from graphc.checking import Checker
-        from graphc.checking.interface import fitting
-
-        data = [fitting(reference, each) for each in self.samples]
-        return Checker(reference, data=data, seed=self.settings.seed, progress=self.progress)
-
-    def run(self, passes: Sequence[Pass], done: Done | None) -> Done:
-        """Run passes on the loaded model, or on what was resumed; what is in the cache is not done again."""
-        from graphc import timings
-        from graphc.cache import Store
-
-        settings = self.settings
-        context = Context(
-            settings.target.capabilities(),
-            seed=settings.seed,
-            original=None if done else self.loaded.model,
-            store=Store() if settings.cache else None,
-            data=self.samples,
-            progress=self.progress,
-        )
-        store, name = self._cache(passes, done, context)
-        if store is not None and (entry := store.get(name)) is not None:
-            known = _recall(entry)
-            note = "the passes ran and were checked earlier: taken from the cache (--no-cache runs them again)"
-            known.warnings.append(note)
-            return known
-        table = timings.Table(settings.timings, context.store, self.progress)
-        runner = Runner(
-            done or Done(self.loaded.original),
-            checker=self.checker if settings.verify else None,
-            judge=lambda: self.judge,
-            gates=settings.gates,
-            context=context,
-            calibration=lambda: self.calibration,
-            unchecked=settings.unchecked or not settings.verify,
-            timings=table if context.target.name == "onnxruntime" else None,
-        )
-        runner.run(passes, load=None if done else self._load)
-        table.write()
-        self.last = runner.last
-        if store is not None:
-            store.put(name, lambda folder: _remember(folder, runner.done))
-        return runner.done
-
-    def _load(self, original: ir.Model) -> Step:
-        """What the frontend changed, as the first step of the run."""
-        result = self.loaded.result
-        report = PassReport("load", "load", "exact", result.changes, result.refusals)
-        return Step(report, self.loaded.model)
-
-    def _cache(self, passes: Sequence[Pass], done: Done | None, context: Context) -> tuple[Any, str]:
-        """The store and the name of this work in it; no store where keeping the result would not pay."""
-        from graphc import cache, environment
-        from graphc.model import nbytes
-
-        store = cache.Store()
-        if not self.settings.cache or nbytes(self.loaded.model) > store.limit // 8:
-            return None, ""
-        named = Recipe(tuple(passes)).files()
-        if not all(path.is_file() for path in named):
-            return None, ""
-        hashed = [*self.loaded.files, *named]
-        return store, cache.key(
-            source=self.loaded.sha256,
-            files=[cache.file_hash(path) for path in hashed],
-            recipe=Recipe(tuple(passes)).text(),
-            done=done.to_json() if done else None,
-            target=self.settings.target.spec(),
-            capabilities=[
-                context.target.max_ir,
-                dict(context.target.max_opset),
-                sorted(context.target.kernels),
-            ],
-            gates=[str(gate) for gate in self.settings.gates],
-            data=[_hash(self.settings.data, self.checking), _hash(self.settings.calibrate, self.calibrating)],
-            part=[self.loaded.name, self.settings.task, self.settings.kv_cache],
-            settings=[self.settings.seed, self.settings.verify, self.settings.unchecked],
-            adapters=self.settings.adapters.key(),
-            timings=self._timings_key(),
-            versions=environment.versions(),
-            code=cache.code_hash(),
-        )
-
-
 def _files(given: Origin | None) -> list[Path]:
     """The files of data."""
     from graphc.data import Spec
 
     return given.files() if isinstance(given, Spec) else []
-
-
-def _hash(given: Origin | None, samples: Samples | None) -> Any:
-    """What data is known by in the cache: its files and how they are read, or its content where code made it."""
-    from graphc import cache
-    from graphc.data import Spec
-
-    if given is None or samples is None:
-        return None
-    if isinstance(given, Spec) and Path(given.path).exists():
-        return [repr(given), [cache.file_hash(path) for path in given.files()]]
-    from graphc.stats.hashing import data_hash
-
-    return data_hash(samples, ({"labels": labels} for labels in samples.labels))
-
-
-def _remember(folder: Path, done: Done) -> None:
-    from graphc.model import save
-
-    save(done.model, folder / "model.onnx")
-    (folder / "done.json").write_text(json.dumps(done.to_json()), encoding="utf-8")
-
-
-def _recall(entry: Path) -> Done:
-    from graphc.model import load
-
-    return Done.from_json(load(entry / "model.onnx"), json.loads((entry / "done.json").read_text(encoding="utf-8")))
-
-
-def _resumed(loaded: Source, settings: Settings) -> tuple[Recipe, Done | None]:
-    """The recipe to run, and what is done already if the model was written by ``--stop-after``."""
-    kept = loaded.model.metadata_props.get(RESUME)
-    if not settings.resume:
-        return settings.recipe, None
-    if kept is None:
-        raise BadInput(
-            "there is nothing to resume",
-            where=str(loaded.path),
-            why="the model was not written by --stop-after",
-            hint="run it without --resume",
-        )
-    state = json.loads(kept)
-    recipe = Recipe.parse(state["recipe"])
-    if settings.recipe_given and settings.recipe.text() != recipe.text():
-        raise BadInput(
-            "the recipe differs from the one that was stopped",
-            why=f"left to do: {recipe.text()}",
-            hint="leave the recipe out to go on with that",
-        )
-    del loaded.model.metadata_props[RESUME]
-    return recipe, Done.from_json(loaded.model, state["done"])
-
-
-def _until(recipe: Recipe, last: str) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
-    """Split the passes after the first one named ``last``; empty means all now."""
-    if not last:
-        return recipe.passes, ()
-    names = [each.name for each in recipe.passes]
-    if last not in names:
-        raise BadInput(f"the recipe has no pass '{last}' to stop after", hint=nearest(last, names))
-    end = names.index(last) + 1
-    return recipe.passes[:end], recipe.passes[end:]
