@@ -1,11 +1,13 @@
 """What compression costs and what it brings: quality on held-out data beside the latency under ONNX Runtime.
 
-    python bench/quality.py [NAME...] [--text FOLDER] [--only VARIANT]
+    python bench/quality.py [NAME...] [--text FOLDER] [--only VARIANT] [--ratio R] [--keep FOLDER]
+    python bench/quality.py [NAME...] [--text FOLDER] --keep FOLDER --latency
 
 An experiment is a model, its data and a list of variants, each a recipe; another is added as a function in
 ``EXPERIMENTS``. Calibration reads calibration data only, and quality is read on held-out data. Language models read
 ``text_calib.txt`` and ``text_heldout.txt`` of the folder given with ``--text``. Results are kept in
-``bench/results/quality.json``, a row for each variant; ``bench/results/quality.md`` is made from it.
+``bench/results/quality.json``, a row for each variant; ``bench/results/quality.md`` is made from it. With
+``--latency`` the models that an earlier run kept are timed, which wants a quiet machine.
 """
 
 from __future__ import annotations
@@ -14,82 +16,26 @@ import argparse
 import json
 import math
 import os
+import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cache
 import numpy as np
 import process
+import quality_lm
 import tables
+from experiment import Array, Experiment, Variant, methods
 
-from graphc import data, pipeline, runtime
-from graphc.frontends import load
+from graphc import pipeline, runtime
 from graphc.runtime import timing
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "quality.json"
-Array = np.ndarray[Any, np.dtype[Any]]
 Row = dict[str, Any]
-
-WINDOWS = 6
-"""Windows of the held-out text that perplexity is read on."""
-CALIBRATION = 8
-"""Windows of the calibration text."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to compress a model.
-
-    Attributes:
-        name: What it is called in the results.
-        ratio: The part that is removed, of what the experiment counts.
-        recipe: The passes, as recipe text.
-    """
-
-    name: str
-    ratio: float
-    recipe: str
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A model with its data.
-
-    Attributes:
-        model: The file.
-        prepare: The recipe of exact passes that comes first, once for all variants.
-        calibration: What the statistics are taken from; labels, if there are some, make the loss.
-        quality: Reads the quality of a model file on held-out data.
-        metric: What ``quality`` gives, and whether higher is better.
-        sample: The inputs that latency is measured with.
-        variants: What is compared.
-    """
-
-    model: Path
-    prepare: str
-    calibration: Sequence[Any]
-    quality: Callable[[Path], float]
-    metric: str
-    sample: Mapping[str, Array]
-    variants: Sequence[Variant]
-
-
-def _methods(
-    of: str, kinds: str, scale: float, ratios: Sequence[float], more: Mapping[str, str], then: str = "shrink"
-) -> list[Variant]:
-    """The same budgets for every method; ``scale`` turns a ratio into that of the whole model."""
-    found = []
-    for ratio in ratios:
-        for name, options in more.items():
-            text = f"prune{{ratio={ratio * scale:.4f} of={of} kinds=[{kinds}] {options}}},{then}"
-            found.append(Variant(name, ratio, text))
-    return found
-
 
 IMAGES = {
     "random": "criterion=random",
@@ -134,30 +80,12 @@ def _fashion(name: str, kinds: str) -> Experiment:
         found = [session.run({"image": test[i : i + 100]})["logits"].argmax(axis=1) for i in range(0, 1000, 100)]
         return float((np.concatenate(found) == labels).mean())
 
-    variants = _methods("flops", kinds, 1.0, (0.3, 0.5), IMAGES)
-    variants += _methods("flops", kinds, 1.0, (0.3, 0.5), HEALED, "shrink,heal")
+    variants = methods("flops", kinds, 1.0, (0.3, 0.5), IMAGES)
+    variants += methods("flops", kinds, 1.0, (0.3, 0.5), HEALED, "shrink,heal")
     sample = {"image": test[:32]}
     model = ROOT / "tests" / "data" / f"{name}.onnx"
     return Experiment(model, "simplify,fuse", calibration, accuracy, "accuracy", sample, variants)
 
-
-TEXT = {
-    "random": "criterion=random",
-    "magnitude": "criterion=l2",
-    "taylor": "criterion=taylor",
-    "flap": "criterion=flap allocate=global compensate=mean",
-    "flap + ls": "criterion=flap allocate=global compensate=ls",
-    "wanda + ls": "criterion=wanda compensate=ls",
-    "obs + ls": "criterion=obs compensate=ls",
-    "obs, per cost + ls": "criterion=obs allocate=per-cost compensate=ls",
-}
-
-
-DEPTH = {
-    "ShortGPT: influence, any blocks": "criterion=influence",
-    "angular, consecutive blocks": "criterion=angular",
-    "ReplaceMe: angular, linear map": "criterion=angular replace=linear",
-}
 
 EXPERTS = {
     "random experts": "prune{kinds=[expert] ratio=0.25 criterion=random},shrink",
@@ -194,58 +122,25 @@ def _mixtral(text: Path) -> Experiment:
     return Experiment(model, "simplify", calibration, bits, "bits per byte", {"input_ids": held_out[:1]}, variants)
 
 
-def _smollm2(text: Path, depth: bool = False) -> Experiment:
-    """SmolLM2-135M: perplexity on the first windows of the held-out text, at parts of the blocks' parameters; or
-    without a part of its blocks."""
-    model = cache.model("smollm2-dynamo")
-    source = load(model).model
-    tokenizer = cache.root() / "smollm2-hf"
-
-    def windows(file: str, count: int) -> data.Samples:
-        spec = data.Spec(str(text / file), tokenizer=tokenizer, window=512, samples=count)
-        return data.load(spec, source)
-
-    held_out = list(windows("text_heldout.txt", WINDOWS))
-
-    def perplexity(path: Path) -> float:
-        session = runtime.session(path, optimise=True)
-        total, count = 0.0, 0
-        for sample in held_out:
-            scores = session.run(sample)["output"][0].astype(np.float64)[:-1]
-            targets = sample["input_ids"][0, 1:]
-            scores -= scores.max(axis=-1, keepdims=True)
-            total -= float((scores[np.arange(len(targets)), targets] - np.log(np.exp(scores).sum(axis=-1))).sum())
-            count += len(targets)
-        return math.exp(min(total / count, 700))
-
-    blocks = 106.2 / 134.5
-    variants = _methods("params", "head,neuron", blocks, (0.1, 0.2, 0.3), TEXT)
-    if depth:
-        variants = [Variant(n, 0.1, f"drop-blocks{{ratio=0.1 {options}}},shrink") for n, options in DEPTH.items()]
-    sample = {name: array[:, :128] for name, array in held_out[0].items()}
-    calibration = list(windows("text_calib.txt", CALIBRATION))
-    return Experiment(model, "simplify,fuse", calibration, perplexity, "perplexity", sample, variants)
-
-
 EXPERIMENTS: dict[str, Callable[[Path], Experiment]] = {
     "fmnist_resnet": lambda text: _fashion("fmnist_resnet", "channel"),
     "fmnist_vit_tiny": lambda text: _fashion("fmnist_vit_tiny", "head,neuron"),
     "tiny_mixtral": _mixtral,
-    "smollm2": _smollm2,
-    "smollm2_depth": lambda text: _smollm2(text, depth=True),
+    "smollm2": quality_lm.width,
+    "smollm2_depth": quality_lm.depth,
 }
 
 
-def prepared(experiment: Experiment, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The model after its exact passes, and what it is: what every variant is compared with."""
-    path = folder / "dense.onnx"
+def prepared(experiment: Experiment, path: Path, known: Row) -> Row:
+    """Write the model after its exact passes, and say what it is, as far as the entry ``known`` does not."""
     report = pipeline.optimize(experiment.model, path, recipe=experiment.prepare, measure=False)
-    return path, {"parameters": report.output["parameters"], "quality": experiment.quality(path)}
+    if experiment.about and experiment.about == known.get("about") and "dense" in known:
+        return known["dense"]  # type: ignore[no-any-return]
+    return {"parameters": report.output["parameters"], "quality": experiment.quality(path)}
 
 
-def measure(experiment: Experiment, dense: Path, variant: Variant, folder: Path, seconds: float) -> Row:
-    """One row of the results."""
-    path = folder / "variant.onnx"
+def measure(experiment: Experiment, dense: Path, variant: Variant, path: Path) -> Row:
+    """One row of the results, but for the latency; the model is written to ``path``."""
     start = time.perf_counter()
     report = pipeline.optimize(
         dense, path, recipe=variant.recipe, calibrate=experiment.calibration, measure=False, verify=False
@@ -254,20 +149,45 @@ def measure(experiment: Experiment, dense: Path, variant: Variant, folder: Path,
     for each in report.passes:
         for refusal in each.refusals:
             print(f"    {each.name}: {refusal.reason} (x{refusal.count})")
-    models = {
-        name: runtime.session(file, optimise=True, threads=1) for name, file in (("dense", dense), ("variant", path))
-    }
-    times = timing.measure(models, experiment.sample, seconds=seconds)
     return {
         "variant": variant.name,
         "ratio": variant.ratio,
         "recipe": variant.recipe,
         "quality": experiment.quality(path),
         "parameters": report.output["parameters"],
-        "latency": times["variant"].median / times["dense"].median,
-        "load": round(os.getloadavg()[0], 1),
+        "latency": None,
         "seconds": round(took, 1),
     }
+
+
+def timed(experiment: Experiment, dense: Path, path: Path, seconds: float) -> Row:
+    """The latency of a model by that of the dense one, with its quartiles, and the load meanwhile."""
+    models = {
+        name: runtime.session(file, optimise=True, threads=1) for name, file in (("dense", dense), ("variant", path))
+    }
+    found = timing.measure(models, experiment.sample, seconds=seconds)["variant"]
+    span = [round(found.ratio_low, 3), round(found.ratio_high, 3)]
+    return {"latency": round(found.ratio, 3), "latency_span": span, "load": round(os.getloadavg()[0], 1)}
+
+
+def written(row: Row, experiment: Experiment, name: str, found: Row, out: Path) -> None:
+    """Put a row into the results, which another run may have changed meanwhile."""
+    document: Row = json.loads(out.read_text()) if out.exists() else {"schema": 1, "experiments": {}}
+    entry = document["experiments"].setdefault(name, {"rows": []})
+    entry |= found
+    rows = [r for r in entry["rows"] if (r["variant"], r["ratio"]) != (row["variant"], row["ratio"])]
+    order = {(v.ratio, v.name): i for i, v in enumerate(experiment.variants)}
+    entry["rows"] = sorted([*rows, row], key=lambda r: order.get((r["ratio"], r["variant"]), len(order)))
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(document, indent=1) + "\n")
+    out.with_suffix(".md").write_text(tables.quality_page(document))
+
+
+def known(name: str, out: Path) -> Row:
+    """What the results have of an experiment."""
+    document = json.loads(out.read_text()) if out.exists() else {"experiments": {}}
+    entry: Row = document["experiments"].get(name, {"rows": []})
+    return entry
 
 
 def main() -> None:
@@ -276,10 +196,13 @@ def main() -> None:
     parser.add_argument("--text", type=Path, metavar="FOLDER", help="text_calib.txt and text_heldout.txt")
     parser.add_argument("--only", action="append", default=[], metavar="VARIANT", help="only these variants")
     parser.add_argument("--ratio", action="append", type=float, default=[], help="only these ratios")
-    parser.add_argument("--seconds", type=float, default=3, help="time for each latency comparison (3)")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the models there")
+    parser.add_argument("--latency", action="store_true", help="only time the models that --keep kept")
+    parser.add_argument("--seconds", type=float, default=3, help="time for each latency comparison; 0 for none (3)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     a = parser.parse_args()
-    document: dict[str, Any] = json.loads(a.out.read_text()) if a.out.exists() else {"schema": 1, "experiments": {}}
+    if a.latency and (a.keep is None or not a.seconds):
+        parser.error("--latency needs --keep, and some --seconds")
     for name in a.names or EXPERIMENTS:
         if name.startswith("smollm2") and not cache.model("smollm2-dynamo").exists():
             print(f"skipping {name}: it needs bench/torch_models.py smollm2-dynamo")
@@ -288,23 +211,35 @@ def main() -> None:
             print(f"skipping {name}: it needs --text")
             continue
         experiment = EXPERIMENTS[name](a.text)
-        with tempfile.TemporaryDirectory() as folder:
-            dense, reference = prepared(experiment, Path(folder))
-            print(f"{name}: {experiment.metric} {reference['quality']:.4g}", flush=True)
-            found = document["experiments"].setdefault(name, {"rows": []})
-            found |= {"metric": experiment.metric, "dense": reference, "machine": process.machine()}
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) if a.keep is None else a.keep / name
+            folder.mkdir(parents=True, exist_ok=True)
+            dense = folder / "dense.onnx"
+            found: Row = {"metric": experiment.metric, "machine": process.machine(), "about": experiment.about}
+            entry = known(name, a.out)
+            if not a.latency:
+                found["dense"] = prepared(experiment, dense, entry)
+                print(f"{name}: {experiment.metric} {found['dense']['quality']:.4g}", flush=True)
+            rows = {(row["variant"], row["ratio"]): row for row in entry["rows"]}
             for variant in experiment.variants:
                 if (a.only and variant.name not in a.only) or (a.ratio and variant.ratio not in a.ratio):
                     continue
-                row = measure(experiment, dense, variant, Path(folder), a.seconds)
-                print(f"  {row['ratio']:.2f} {row['variant']:24} {row['quality']:9.4f}  latency {row['latency']:.2f}"
+                path = folder / f"{variant.ratio:g}-{re.sub('[^a-z0-9]+', '-', variant.name.lower())}.onnx"
+                row = rows.get((variant.name, variant.ratio))
+                if not a.latency:
+                    row = measure(experiment, dense, variant, path)
+                elif row is None or not path.exists():
+                    print(f"  {variant.ratio:.2f} {variant.name:32} was not kept")
+                    continue
+                if a.seconds:
+                    row |= timed(experiment, dense, path, a.seconds)
+                latency = "" if row["latency"] is None else f"  latency {row['latency']:.2f}"
+                print(f"  {row['ratio']:.2f} {row['variant']:32} {row['quality']:9.4f}{latency}"
                       f"  parameters {row['parameters']:,}  {row['seconds']} s", flush=True)  # fmt: skip
-                rows = [r for r in found["rows"] if (r["variant"], r["ratio"]) != (row["variant"], row["ratio"])]
-                order = {(v.ratio, v.name): i for i, v in enumerate(experiment.variants)}
-                found["rows"] = sorted([*rows, row], key=lambda r: order.get((r["ratio"], r["variant"]), len(order)))
-                a.out.parent.mkdir(exist_ok=True)
-                a.out.write_text(json.dumps(document, indent=1) + "\n")
-                a.out.with_suffix(".md").write_text(tables.quality_page(document))
+                written(row, experiment, name, found, a.out)
+                if a.keep is None:
+                    for file in folder.glob(path.name + "*"):
+                        file.unlink()
 
 
 if __name__ == "__main__":

@@ -402,7 +402,8 @@ def quality_page(results: Row) -> str:
         ]
         header = ["method", "removed", metric, "parameters", "latency", "load", "seconds"]
         dense_text = f"Dense: {metric} {dense['quality']:.4g}, {dense['parameters']:,} parameters."
-        lines += [f"## {name}", "", f"{dense_text} {found['machine']}.", "", table(header, rows), ""]
+        about = [found["about"], ""] if found.get("about") else []
+        lines += [f"## {name}", "", f"{dense_text} {found['machine']}.", "", *about, table(header, rows), ""]
     return "\n".join(lines)
 
 

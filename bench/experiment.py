@@ -1,0 +1,64 @@
+"""What ``bench/quality.py`` compares: a model with its data, and ways to compress it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compress a model.
+
+    Attributes:
+        name: What it is called in the results.
+        ratio: The part that is removed, of what the experiment counts.
+        recipe: The passes, as recipe text.
+    """
+
+    name: str
+    ratio: float
+    recipe: str
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A model with its data.
+
+    Attributes:
+        model: The file.
+        prepare: The recipe of exact passes that comes first, once for all variants.
+        calibration: What the statistics are taken from; labels, if there are some, make the loss.
+        quality: Reads the quality of a model file on held-out data.
+        metric: What ``quality`` gives, and whether higher is better.
+        sample: The inputs that latency is measured with.
+        variants: What is compared.
+        about: What the table must say of the data and of what was found.
+    """
+
+    model: Path
+    prepare: str
+    calibration: Sequence[Any]
+    quality: Callable[[Path], float]
+    metric: str
+    sample: Mapping[str, Array]
+    variants: Sequence[Variant]
+    about: str = ""
+
+
+def methods(
+    of: str, kinds: str, scale: float, ratios: Sequence[float], more: Mapping[str, str], then: str = "shrink"
+) -> list[Variant]:
+    """The same budgets for every method; ``scale`` turns a ratio into that of the whole model."""
+    found = []
+    for ratio in ratios:
+        for name, options in more.items():
+            text = f"prune{{ratio={ratio * scale:.4f} of={of} kinds=[{kinds}] {options}}},{then}"
+            found.append(Variant(name, ratio, text))
+    return found
