@@ -9,17 +9,11 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from graphc import __version__
-from graphc.errors import BadInput, ExitCode, GraphcError
+from graphc import __version__, commands
+from graphc.errors import ExitCode, GraphcError
 from graphc.startup import prepare_process
-
-if TYPE_CHECKING:
-    from graphc.settings import Settings
-
-_TARGET = ("shapes", "tune", "trials")
-"""Flags that stand for an option of the target."""
 
 EPILOG = """\
 exit codes: 0 done, 1 a check or a gate failed, 2 bad input
@@ -57,30 +51,30 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"graphc {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _optimize(commands)
-    _inspect(commands)
-    _explain(commands)
-    _verify(commands)
-    _bench(commands)
-    _list(commands)
-    _doctor(commands)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _optimize(subparsers)
+    _inspect(subparsers)
+    _explain(subparsers)
+    _verify(subparsers)
+    _bench(subparsers)
+    _list(subparsers)
+    _doctor(subparsers)
     return parser
 
 
-def _command(commands: Any, name: str, run: Callable[[Any], int], help: str, **more: Any) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(
+def _command(subparsers: Any, name: str, run: Callable[[Any], int], help: str, **more: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = subparsers.add_parser(
         name, help=help, description=help, formatter_class=argparse.RawDescriptionHelpFormatter, **more
     )
     command.set_defaults(run=run)
     return command
 
 
-def _optimize(commands: Any) -> None:
+def _optimize(subparsers: Any) -> None:
     command = _command(
-        commands,
+        subparsers,
         "optimize",
-        _run_optimize,
+        commands.optimize,
         "Make a model smaller and faster and check that it still computes the same.",
         epilog="examples:\n"
         "  graphc optimize model.onnx\n"
@@ -207,8 +201,8 @@ def _torch_flags(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _inspect(commands: Any) -> None:
-    command = _command(commands, "inspect", _run_inspect, "Show what is in a model.")
+def _inspect(subparsers: Any) -> None:
+    command = _command(subparsers, "inspect", commands.inspect, "Show what is in a model.")
     command.add_argument("model", type=Path, help=_MODEL)
     _torch_flags(command)
     what = command.add_mutually_exclusive_group()
@@ -222,11 +216,11 @@ def _inspect(commands: Any) -> None:
     _json_flag(command)
 
 
-def _explain(commands: Any) -> None:
+def _explain(subparsers: Any) -> None:
     command = _command(
-        commands,
+        subparsers,
         "explain",
-        _run_explain,
+        commands.explain,
         "Say what goes with a weight, a node or a group when it is cut, or why it cannot be cut.",
     )
     command.add_argument("model", type=Path, help=_MODEL)
@@ -235,8 +229,8 @@ def _explain(commands: Any) -> None:
     command.add_argument("--allow-interface", action="store_true", help="count inputs and outputs as free to cut")
 
 
-def _verify(commands: Any) -> None:
-    command = _command(commands, "verify", _run_verify, "Check that two models compute the same.")
+def _verify(subparsers: Any) -> None:
+    command = _command(subparsers, "verify", commands.verify, "Check that two models compute the same.")
     command.add_argument("a", type=Path, help="the reference")
     command.add_argument("b", type=Path, help="the model to check")
     _torch_flags(command)
@@ -246,8 +240,8 @@ def _verify(commands: Any) -> None:
     _json_flag(command)
 
 
-def _bench(commands: Any) -> None:
-    command = _command(commands, "bench", _run_bench, "Time models against each other, interleaved in one run.")
+def _bench(subparsers: Any) -> None:
+    command = _command(subparsers, "bench", commands.bench, "Time models against each other, interleaved in one run.")
     command.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="the first is the baseline")
     _torch_flags(command)
     command.add_argument("--data", metavar="DATA", help="inputs to run; made to fit if not given")
@@ -258,14 +252,18 @@ def _bench(commands: Any) -> None:
     _json_flag(command)
 
 
-def _list(commands: Any) -> None:
-    command = _command(commands, "list", _run_list, "Show passes, backends, recipes, or the documentation of one.")
+def _list(subparsers: Any) -> None:
+    command = _command(
+        subparsers, "list", commands.list, "Show passes, backends, recipes, or the documentation of one."
+    )
     command.add_argument("what", nargs="?", metavar="WHAT", help="passes, rules, backends, recipes, or a NAME")
     _json_flag(command)
 
 
-def _doctor(commands: Any) -> None:
-    command = _command(commands, "doctor", _run_doctor, "Show what is installed, what runs where, what to install.")
+def _doctor(subparsers: Any) -> None:
+    command = _command(
+        subparsers, "doctor", commands.doctor, "Show what is installed, what runs where, what to install."
+    )
     _json_flag(command)
 
 
@@ -277,249 +275,6 @@ def _verbosity(command: argparse.ArgumentParser) -> None:
     _json_flag(command)
     command.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     command.add_argument("-v", "--verbose", action="store_true", help="print every change of every pass")
-
-
-def _settings(a: Any) -> Settings:
-    from graphc import presets
-    from graphc.adapters import Adapters
-    from graphc.gate import Gate
-    from graphc.recipe import DEFAULT, Recipe, parse_backend
-    from graphc.settings import Settings
-
-    goal = None
-    if a.preset:
-        goal, recipe = presets.parse(a.preset)
-    else:
-        recipe = Recipe.parse(a.passes) if a.passes is not None else Recipe.named(a.recipe or DEFAULT)
-    if goal and (a.ratio is not None or a.mask or a.allow_interface):
-        raise BadInput(
-            f"preset '{goal}' chooses the options of its passes itself",
-            hint=f"leave --ratio, --mask and --allow-interface out, or take a recipe; 'graphc list {goal}'",
-        )
-    if a.ratio is not None:
-        recipe = recipe.with_option("ratio", a.ratio)
-    if a.mask:
-        recipe = recipe.with_option("mask", a.mask)
-    if a.allow_interface:
-        recipe = recipe.with_option("allow_interface", True)
-    gates = [Gate.drop(text) for text in a.max_drop]
-    gates += [Gate.size(a.max_size)] if a.max_size else []
-    gates += [Gate.latency(a.max_latency)] if a.max_latency else []
-    return Settings(
-        recipe=recipe,
-        recipe_given=goal is None and bool(a.passes is not None or a.recipe or a.preset),
-        goal=goal,
-        target=parse_backend(a.target, {name: value for name in _TARGET if (value := getattr(a, name)) is not None}),
-        adapters=Adapters.of(a.adapter, a.adapter_mode, a.adapter_combine),
-        task=a.task,
-        kv_cache=a.kv_cache,
-        data=_data(a.data, a.tokenizer),
-        calibrate=_data(a.calibrate, a.tokenizer),
-        gates=tuple(gates),
-        seed=a.seed,
-        strict=a.strict,
-        unchecked=a.unchecked,
-        verify=not a.no_verify,
-        measure=not a.no_measure,
-        cache=not a.no_cache,
-        timings=a.timings,
-        stop_after=a.stop_after or "",
-        resume=a.resume,
-        dry_run=a.dry_run,
-    )
-
-
-def _data(text: str | None, tokenizer: Path | None) -> Any:
-    if text is None:
-        return None
-    from graphc.data import Spec
-
-    return Spec.parse(text).with_tokenizer(tokenizer)
-
-
-def _source(a: Any, model: Path, *, verify: bool = False) -> Any:
-    """What is loaded later as it is, or a torch module, exported."""
-    from graphc.export import examples
-    from graphc.frontends import is_torch, load
-
-    axes = examples.axes(a.dynamic)
-    if not is_torch(model):
-        if a.inputs:
-            raise BadInput("only torch modules take --inputs", where=str(model), hint="leave them out, or give --data")
-        return model
-    return load(
-        model, examples.read(a.inputs) if a.inputs else None, dynamic=axes, verify=verify, seed=getattr(a, "seed", 0)
-    )
-
-
-def _run_optimize(a: Any) -> int:
-    settings = _settings(a)
-    from graphc.artifact import check_output
-    from graphc.pipeline import default_output, run
-    from graphc.views.progress import bar
-
-    output = a.output or default_output(a.model, settings.target)
-    check_output(a.model, output, settings.target)
-    with bar(a.quiet or a.json) as progress:
-        progress("loading", 0, 0)
-        report = run(
-            _source(a, a.model, verify=settings.verify),
-            output,
-            settings,
-            progress=progress,
-            report_file=a.report,
-            depfile=a.depfile,
-            inputs=[Path(p) for p in (a.recipe,) if p and Path(p).is_file()],
-        )
-    if a.json:
-        _print_json(report.to_json())
-    elif not a.quiet:
-        from graphc.views.terminal import show_report
-
-        show_report(report.to_json(), why=a.why, verbose=a.verbose)
-    return ExitCode.CHECK_FAILED if a.strict and not report.ok else ExitCode.OK
-
-
-def _run_inspect(a: Any) -> int:
-    if a.text:
-        from graphc.frontends import load
-        from graphc.model import text
-
-        source = _source(a, a.model)
-        print(text((load(source) if isinstance(source, Path) else source).original))
-        return ExitCode.OK
-    if a.groups or a.dot or a.svg:
-        return _show_groups(a)
-    if a.blocks:
-        return _show_blocks(a)
-    from graphc.inspection import inspect
-
-    found = inspect(_source(a, a.model))
-    if a.json:
-        _print_json(found)
-    else:
-        from graphc.views.terminal import show_inspection
-
-        show_inspection(found)
-    return ExitCode.OK
-
-
-def _groups(a: Any) -> Any:
-    from graphc.axes import coupled_groups
-
-    return coupled_groups(_source(a, a.model), allow_interface=a.allow_interface)
-
-
-def _show_groups(a: Any) -> int:
-    from graphc.views import groups as view
-
-    found = _groups(a)
-    if a.dot or a.svg:
-        picture, destination = (view.dot(found), a.dot) if a.dot else (view.svg(found), a.svg)
-        if destination == "-":
-            print(picture, end="")
-        else:
-            from graphc.storage.files import write
-
-            write(Path(destination), picture)
-    elif a.json:
-        _print_json(view.document(found))
-    else:
-        from graphc.views.terminal import show_groups
-
-        show_groups(found)
-    return ExitCode.OK
-
-
-def _show_blocks(a: Any) -> int:
-    from graphc.depth.structure import find
-    from graphc.frontends import load
-
-    found = find(load(a.model).model)
-    if a.json:
-        from graphc.views import blocks
-
-        _print_json(blocks.document(found))
-    else:
-        from graphc.views.terminal import show_blocks
-
-        show_blocks(found)
-    return ExitCode.OK
-
-
-def _run_explain(a: Any) -> int:
-    print(_groups(a).explain(a.name))
-    return ExitCode.OK
-
-
-def _run_verify(a: Any) -> int:
-    from graphc.pipeline import verify
-    from graphc.views.progress import bar
-
-    with bar(a.json) as progress:
-        pair = [_source(a, each, verify=True) for each in (a.a, a.b)]
-        comparison = verify(*pair, data=_data(a.data, a.tokenizer), seed=a.seed, progress=progress)
-    if a.json:
-        _print_json(comparison.to_json())
-    else:
-        from graphc.views.terminal import show_comparison
-
-        show_comparison(comparison.to_json(), str(a.a), str(a.b))
-    return ExitCode.OK if comparison.ok and comparison.checked else ExitCode.CHECK_FAILED
-
-
-def _run_bench(a: Any) -> int:
-    from graphc.measure import bench
-    from graphc.views.progress import bar
-
-    with bar(a.json) as progress:
-        found = bench(
-            [_source(a, each) for each in a.models],
-            data=_data(a.data, a.tokenizer),
-            seconds=a.seconds,
-            threads=a.threads,
-            provider=a.provider,
-            progress=progress,
-        )
-    if a.json:
-        _print_json(found)
-    else:
-        from graphc.views.terminal import show_bench
-
-        show_bench(found)
-    return ExitCode.OK
-
-
-def _run_list(a: Any) -> int:
-    from graphc.catalogue import catalogue, describe
-
-    found = catalogue() if a.what is None else describe(a.what)
-    if a.json:
-        _print_json(found)
-    else:
-        from graphc.views.terminal import show_catalogue
-
-        show_catalogue(found)
-    return ExitCode.OK
-
-
-def _run_doctor(a: Any) -> int:
-    from graphc.doctor import examine
-
-    found = examine()
-    if a.json:
-        _print_json(found)
-    else:
-        from graphc.views.terminal import show_doctor
-
-        show_doctor(found)
-    return ExitCode.OK
-
-
-def _print_json(document: Any) -> None:
-    import json
-
-    print(json.dumps(document, indent=2, ensure_ascii=False))
 
 
 if __name__ == "__main__":
