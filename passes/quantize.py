@@ -372,6 +372,8 @@ class Quantize(Pass):
                 result.change(what)
         if planned is not None:
             result.change("activation quantized", static.quantize(model, planned, scales, names))
+        if self.scheme == "weights":
+            result.change("Relu written as Max, before which products are with codes", store.spare_relus(model, names))
         return nbytes, size
 
     def _stages(self, chosen: Sequence[tuple[Site, Way]]) -> list[list[tuple[Site, Way]]]:

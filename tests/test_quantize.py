@@ -573,6 +573,38 @@ def test_onnx_runtime_computes_with_the_codes(tmp_path: Path) -> None:
     assert not {"Conv", "Gemm", "Relu"} & set(found)
 
 
+@pytest.mark.parametrize("bits, block", [(8, 0), (8, 32), (4, 32)])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "k = Transpose(w) y = MatMul(x, k)",
+        "k = Transpose<perm=[1,0]>(w) a = MatMul(x, k) r = Relu(a) y = MatMul(r, v)",
+        "a = MatMul(x, w) r = Relu(a) y = MatMul(r, v)",
+        "a = MatMul(x, w) r = Relu(a) b = MatMul(r, v) y = Add(b, r)",
+        "a = MatMul(x, w) s = Sigmoid(a) y = MatMul(s, v)",
+    ],
+)
+def test_every_product_with_codes_is_one_kernel(tmp_path: Path, body: str, bits: int, block: int) -> None:
+    used = {"v": normal(64, 64, seed=1) / 8} if "v)" in body else {}
+    model = build(body, "float[1,N,64] x", "float[1,N,64] y", w=normal(64, 64) / 8, **used)
+    x = normal(1, 5, 64)
+    want = run(model, x=x)["y"]
+    quantized(model, bits=bits, block=block)
+    got = run(model, x=x)["y"]
+    assert np.abs(got - want).max() < (0.03 if bits == 8 else 0.4) * np.abs(want).max()
+    found = optimised(model, tmp_path)
+    assert found.count("MatMulNBits") == 1 + len(used) and "DequantizeLinear" not in found, found
+
+
+def test_a_tied_head_is_one_kernel(tmp_path: Path) -> None:
+    for text in ("y = Gemm<transB=1>(h, t)", "k = Transpose(t) p = MatMul(h, k) y = Relu(p)"):
+        model = build(f"e = Gather(t, i) h = Sigmoid(e) {text}", "int64[N] i", "float[N,96] y", t=normal(96, 32))
+        quantized(model)
+        found = optimised(model, tmp_path)
+        # One DequantizeLinear is that of the rows that were looked up.
+        assert found.count("MatMulNBits") == 1 and found.count("DequantizeLinear") == 1, found
+
+
 def test_static_is_what_integers_give() -> None:
     """A convolution of one place and a sum of channels, by hand."""
     model = build(

@@ -35,7 +35,7 @@ class Site:
         value: The weight.
         uses: The contractions that read it.
         gathers: The lookups of its rows.
-        views: Transpositions of it, as a head has that is tied to an embedding.
+        views: Transpositions of it, which products read: of a head, say, that is tied to an embedding.
         inner: Whether the body of an If or Loop reads it.
     """
 
@@ -61,7 +61,7 @@ class Site:
 
     @property
     def readers(self) -> list[ir.Node]:
-        return [*(use.node for use in self.uses), *self.gathers]
+        return [*(use.node for use in self.uses), *self.gathers, *self.views]
 
     @property
     def names(self) -> set[str]:
@@ -145,7 +145,7 @@ def find(
         why = _why_not(site, least)
         if why:
             result.refuse(site.name, why)
-        elif site.uses or site.gathers:
+        elif site.readers:
             chosen.append(site)
     return chosen
 
@@ -163,9 +163,9 @@ def _tied(node: ir.Node, sites: dict[ir.Value, Site]) -> bool:
     """Whether a product reads an embedding through a transposition, which is then noted."""
     for value in node.inputs[:2]:
         view = value.producer() if value is not None else None
-        if view is not None and edit.is_op(view, "Transpose") and edit.tensor(view.inputs[0]) is not None:
-            table = view.inputs[0]
-            assert table is not None
+        table = view.inputs[0] if view is not None and edit.is_op(view, "Transpose") else None
+        held = edit.tensor(table)
+        if view is not None and table is not None and held is not None and len(held.shape) == 2:
             site = sites.setdefault(table, Site(table))
             if view not in site.views:
                 site.views.append(view)

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from graphc import edit
 from graphc.axes import cut
 from graphc.edit import Array
+from graphc.quantization.granularity import Granularity
 from graphc.quantization.rounding import Codes
 from graphc.quantization.sites import Site
 
@@ -58,44 +59,84 @@ def home(value: ir.Value) -> ir.Graph:
 def dequantized(site: Site, codes: Codes, names: edit.Names) -> None:
     """Write a weight as Q/DQ: whoever read it reads what it stands for.
 
-    Rows of an embedding are looked up as codes and dequantized then. A Gemm becomes MatMul and Add where it is one,
-    since ONNX Runtime computes with the codes of a MatMul only.
+    ONNX Runtime multiplies with the codes themselves where a MatMul alone reads what one DequantizeLinear makes of
+    constants. So every reader gets its own, a Gemm becomes MatMul and Add where it is one, and a product with the
+    transposed weight reads transposed codes. Rows of an embedding are looked up as codes and dequantized then. What is
+    read in the bodies of If and Loop is dequantized outside: ONNX Runtime 1.31 refuses a DequantizeLinear whose codes
+    are constants of an outer graph.
     """
-    flipped = _as_matmul(site, codes)
-    if flipped is not None:
-        codes = flipped
+    turned = _as_matmul(site, codes)
+    if turned is not None:
+        codes = turned
+    for node in [use.node for use in site.uses if plain_gemm(use.node) and use.node.inputs[1] is site.value]:
+        _as_product(node, site.value, names, flipped=turned is None and bool(edit.attribute(node, "transB", 0)))
     readers = list(site.value.uses())
     stored = store(site, codes, names)
-    rows = [node for node in site.gathers if codes.granularity.axis == 0 and not codes.granularity.block]
-    if codes.grid.dtype.bitwidth < 8:
-        rows = []
-    for node in rows:
-        _looked_up(node, stored, names)
-    left = [use for use in readers if use.node not in rows]
-    if not left:
-        return
-    value = _dequantize(stored, codes, names, site)
-    for use in left:
-        use.node.replace_input_with(use.idx, value)
-    for read in site.uses:
-        if read.node.op_type == "Gemm":
-            _split_gemm(read.node, value, names, transposed=flipped is None)
+    graph = home(stored.codes)
+    looked_up = codes.granularity.axis == 0 and not codes.granularity.block and codes.grid.dtype.bitwidth == 8
+    for node, index in readers:
+        if looked_up and node in site.gathers:
+            _looked_up(node, stored, names)
+        elif node.graph is graph and _flips(node) and not node.outputs[0].is_graph_output():
+            _read_flipped(node, stored, codes, names)
+        else:
+            before = _outermost(node, graph)
+            node.replace_input_with(index, _dequantize(stored.operands, codes.granularity, before, names))
 
 
-def _dequantize(stored: Stored, codes: Codes, names: edit.Names, site: Site) -> ir.Value:
+def _outermost(node: ir.Node, graph: ir.Graph) -> ir.Node:
+    """The node of a graph that is, or in whose bodies there is, a node."""
+    if node.graph is graph:
+        return node
+    holds = (each for each in graph for body in edit.subgraphs(each) if node.graph in (body, *edit.bodies(body)))
+    return next(holds)
+
+
+def _as_product(node: ir.Node, weight: ir.Value, names: edit.Names, *, flipped: bool) -> None:
+    """A Gemm as MatMul and Add; ``flipped`` if the weight lies as (outputs, inputs)."""
+    graph, right = node.graph, weight
+    assert graph is not None
+    if flipped:
+        right = ir.Value(name=names.fresh(f"{weight.name}.T"), type=weight.type)
+        graph.insert_before(node, ir.node("Transpose", [weight], {"perm": [1, 0]}, outputs=[right], name=right.name))
+    split(node, [node.inputs[0], right], names)
+
+
+def _flips(node: ir.Node) -> bool:
+    """Whether a node swaps the axes of a matrix."""
+    return edit.is_op(node, "Transpose") and edit.attribute(node, "perm", (1, 0)) == (1, 0)
+
+
+def _read_flipped(view: ir.Node, stored: Stored, codes: Codes, names: edit.Names) -> None:
+    """Transposed codes, dequantized for each reader, instead of a transposition of what they stand for."""
+    graph, out, granularity = view.graph, view.outputs[0], codes.granularity
+    assert graph is not None
+    operands = []
+    for operand in stored.operands:
+        if operand is not stored.codes and not granularity.block:  # a scale for each output is a vector
+            operands.append(operand)
+            continue
+        value = ir.Value(name=names.fresh(f"{operand.name}.T"), type=operand.type)
+        graph.insert_before(view, ir.node("Transpose", [operand], {"perm": [1, 0]}, outputs=[value], name=value.name))
+        operands.append(value)
+    if granularity.axis is not None:
+        granularity = type(granularity)(1 - granularity.axis, granularity.block)
+    for node, index in list(out.uses()):
+        node.replace_input_with(index, _dequantize(operands, granularity, node, names))
+    edit.remove(view)
+
+
+def _dequantize(operands: Sequence[ir.Value], granularity: Granularity, reader: ir.Node, names: edit.Names) -> ir.Value:
+    """What codes, scales and zero points stand for, computed in front of a reader."""
+    graph = reader.graph
+    assert graph is not None
     out = ir.Value(
-        name=names.fresh(f"{site.name}.dequantized"),
-        shape=ir.Shape(stored.codes.shape or ()),
-        type=ir.TensorType(stored.scale.dtype or ir.DataType.FLOAT),
+        name=names.fresh(f"{operands[0].name}.dequantized"),
+        shape=operands[0].shape,
+        type=ir.TensorType(operands[1].dtype or ir.DataType.FLOAT),
     )
-    node = ir.node("DequantizeLinear", stored.operands, codes.granularity.attributes(), outputs=[out], name=out.name)
-    graph, producer = home(stored.codes), stored.codes.producer()
-    if producer is not None:
-        graph.insert_after(producer, node)
-    elif len(graph):
-        graph.insert_before(graph[0], node)
-    else:
-        graph.append(node)
+    node = ir.node("DequantizeLinear", operands, granularity.attributes(), outputs=[out], name=out.name)
+    graph.insert_before(reader, node)
     return out
 
 
@@ -103,20 +144,19 @@ def _looked_up(gather: ir.Node, stored: Stored, names: edit.Names) -> None:
     """Rows of codes and their scales instead of rows of a table that is dequantized as a whole."""
     graph, out, index = gather.graph, gather.outputs[0], gather.inputs[1]
     assert graph is not None
-    picked = []
-    for operand in stored.operands:
-        value = ir.Value(
-            name=names.fresh(f"{operand.name}.rows"), type=ir.TensorType(operand.dtype or ir.DataType.FLOAT)
-        )
-        graph.insert_before(gather, ir.node("Gather", [operand, index], {"axis": 0}, outputs=[value], name=value.name))
-        picked.append(value)
-    # A scale for each row is one block along the last axis.
+
+    def add(operator: str, inputs: Sequence[ir.Value | None], hint: str, **attributes: int) -> ir.Value:
+        first = inputs[0]
+        assert first is not None
+        value = ir.Value(name=names.fresh(f"{first.name}.{hint}"), type=first.type)
+        graph.insert_before(gather, ir.node(operator, inputs, attributes, outputs=[value], name=value.name))
+        return value
+
+    # A scale for each row is one block along the last axis. Scales are unsqueezed first: a session does it once, and
+    # what a tied head multiplies with has them for itself.
     axis = edit.initializer(graph if isinstance(graph, ir.Graph) else graph.graph, _MINUS_ONE, names.fresh("last_axis"))
-    operands = [picked[0]]
-    for value in picked[1:]:
-        wide = ir.Value(name=names.fresh(f"{value.name}.wide"), type=value.type)
-        graph.insert_before(gather, ir.node("Unsqueeze", [value, axis], outputs=[wide], name=wide.name))
-        operands.append(wide)
+    wide = [add("Unsqueeze", [operand, axis], "column") for operand in stored.operands[1:]]
+    operands = [add("Gather", [operand, index], "rows", axis=0) for operand in (stored.codes, *wide)]
     depth = int(ir.Shape(stored.codes.shape or ()).numpy()[1])
     made = ir.Value(name=names.fresh(f"{out.name}.dequantized"), shape=out.shape, type=out.type)
     node = ir.node("DequantizeLinear", operands, {"axis": -1, "block_size": depth}, outputs=[made], name=gather.name)
@@ -164,26 +204,6 @@ def plain_gemm(node: ir.Node) -> bool:
     )
 
 
-def _split_gemm(node: ir.Node, weight: ir.Value, names: edit.Names, *, transposed: bool) -> None:
-    """A Gemm as MatMul and Add.
-
-    Args:
-        node: The Gemm.
-        weight: Its dequantized weight.
-        names: For what is new.
-        transposed: Whether the weight lies as the Gemm had it.
-    """
-    if not plain_gemm(node) or node.inputs[1] is not weight:
-        return
-    graph = node.graph
-    assert graph is not None
-    right = weight
-    if transposed and edit.attribute(node, "transB", 0):
-        right = ir.Value(name=names.fresh(f"{weight.name}.T"), type=weight.type)
-        graph.insert_before(node, ir.node("Transpose", [weight], {"perm": [1, 0]}, outputs=[right], name=right.name))
-    split(node, [node.inputs[0], right], names)
-
-
 def split(node: ir.Node, operands: Sequence[ir.Value | None], names: edit.Names) -> None:
     """Let MatMul of two operands, and an Add, take a Gemm's place."""
     graph, out = node.graph, node.outputs[0]
@@ -199,3 +219,35 @@ def split(node: ir.Node, operands: Sequence[ir.Value | None], names: edit.Names)
         product = made
     edit.replace(out, product)
     edit.remove(node)
+
+
+def spare_relus(model: ir.Model, names: edit.Names) -> int:
+    """Write Relu between two products with codes as the larger one of its input and 0; returns how many.
+
+    ONNX Runtime 1.31 does not multiply with the codes themselves where a Relu, or a Clip, stands directly behind, and
+    the next product has codes, too.
+    """
+    done = 0
+    for node in [node for node in model.graph if edit.is_op(node, "Relu")]:
+        source, out = node.inputs[0], node.outputs[0]
+        product = source.producer() if source is not None else None
+        dtype = _by_codes(product)
+        if dtype is None or not any(_by_codes(use.node) for use in out.uses()):
+            continue
+        zero = edit.initializer(model.graph, np.zeros((), dtype.numpy()), names.fresh("zero"))
+        made = ir.Value(name=names.fresh(f"{out.name}.max"), shape=out.shape, type=out.type)
+        model.graph.insert_before(node, ir.node("Max", [source, zero], outputs=[made], name=node.name))
+        edit.replace(out, made)
+        edit.remove(node)
+        done += 1
+    return done
+
+
+def _by_codes(node: ir.Node | None) -> ir.DataType | None:
+    """The dtype of a product whose right side is dequantized; None of other nodes."""
+    if node is None or not edit.is_op(node, "MatMul") or node.inputs[1] is None:
+        return None
+    source = node.inputs[1].producer()
+    if source is None or not edit.is_op(source, "DequantizeLinear") or source.inputs[1] is None:
+        return None
+    return source.inputs[1].dtype
