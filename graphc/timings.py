@@ -17,8 +17,14 @@ from graphc.errors import BadInput
 
 SCHEMA = "graphc-timings/1"
 
-_SECONDS = 0.4
-"""Time spent on each pair of forms."""
+FASTER = 0.95
+"""The ratio of times from which on a form counts as faster."""
+
+_SECONDS = (0.05, 0.4)
+"""Time spent on each pair of forms: at first, and where that does not tell them apart."""
+
+_CLEAR = (0.8, 1.1)
+"""Ratios below and above which a first look is enough."""
 
 _DIGITS = 3
 
@@ -86,7 +92,10 @@ class Table:
                 "before": runtime.session(probe.before, optimise=True),
                 "after": runtime.session(probe.after, optimise=True),
             }
-            timing = runtime.measure(pair, probe.inputs, seconds=_SECONDS, warmup=3)["after"]
+            for seconds in _SECONDS:
+                timing = runtime.measure(pair, probe.inputs, seconds=seconds, warmup=3)["after"]
+                if timing.ratio_high < _CLEAR[0] or timing.ratio_low > _CLEAR[1]:
+                    break
         except BadInput:
             return None
         # The upper quartile: faster must mean faster most of the time.
@@ -97,8 +106,12 @@ class Table:
 
 
 def digest(used: Mapping[str, float]) -> str:
-    """The hash of the numbers that decided, for the manifest; "" if none did."""
-    return hashlib.sha256(json.dumps(sorted(used.items())).encode()).hexdigest() if used else ""
+    """The hash of what was timed and which was faster, for the manifest; "" if nothing was.
+
+    Equal decisions make equal models, hence what was decided counts and not by how many microseconds.
+    """
+    decided = sorted((signature, ratio <= FASTER) for signature, ratio in used.items())
+    return hashlib.sha256(json.dumps(decided).encode()).hexdigest() if used else ""
 
 
 def machine() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -11,30 +12,30 @@ import onnx_ir as ir
 from graphc import edit
 from graphc.contract import Context, Effect, Needs, Pass, PassResult, Probe, option
 from graphc.lowering import forms
-from graphc.lowering.forms import DOMAIN, FORMS, Site
+from graphc.lowering.forms import FORMS, STANDARD, Site
 from graphc.recognition.graph import Graph
 from graphc.rewrites.base import Refused
 from graphc.shapes.symbolic import Expr
+from graphc.timings import FASTER
 
-FormName = Literal["skip-rms-norm", "skip-layer-norm", "multi-head-attention", "quick-gelu", "bias-gelu"]
-
-FASTER = 0.95
-"""The ratio of times from which on an operator counts as faster."""
+FormName = Literal["skip-rms-norm", "skip-layer-norm", "multi-head-attention", "quick-gelu", "bias-gelu", "sum-norm"]
 
 
 @dataclass(frozen=True)
 class Lower(Pass):
-    """Use operators that only ONNX Runtime has, where they are measured to be faster on this machine.
+    """Write operators in the form that is measured to be the fastest on this machine.
 
-    The target must allow them: ``-t 'onnxruntime{portable=false}'``. Each form is timed once for each size against
-    what the session makes of the standard operators by itself; ``--timings FILE`` keeps and pins what was measured.
-    Forms, as ``only`` and ``skip`` name them:
+    Each form is timed once for each size (``sum-norm``: once for all) against what the session makes of the model by
+    itself; ``--timings FILE`` keeps and pins what was measured. All but the last write operators that only ONNX Runtime
+    has, which the target must allow: ``-t 'onnxruntime{portable=false}'``. Forms, as ``only`` and ``skip`` name them:
 
     - ``skip-rms-norm``: Add and RMSNormalization become SkipSimplifiedLayerNormalization.
     - ``skip-layer-norm``: Add and LayerNormalization become SkipLayerNormalization.
     - ``multi-head-attention``: Attention becomes MultiHeadAttention.
     - ``quick-gelu``: A product with a Sigmoid of the same becomes QuickGelu.
     - ``bias-gelu``: Add of a vector and Gelu become BiasGelu.
+    - ``sum-norm``: Add before LayerNormalization becomes Sum, which the session does not fuse with it: its
+      SkipLayerNormalization may be slower than the two.
     """
 
     effect: ClassVar[Effect] = Effect.EXACT
@@ -54,36 +55,43 @@ class Lower(Pass):
         """Find the forms, have them timed, write those that are faster."""
         result = PassResult()
         name = model.graph.name or "the graph"
+        enabled = [form for form in FORMS if form not in self.skip and (not self.only or form in self.only)]
         if ctx.target.portable:
-            result.refuse(name, "only standard operators may be written: see portable=false of the target")
-            return result
-        if ctx.time is None:
+            if self.only and not STANDARD.issuperset(enabled):
+                result.refuse(name, "only standard operators may be written: see portable=false of the target")
+            enabled = [form for form in enabled if form in STANDARD]
+        graph = Graph(model, frozenset(), ctx.target)
+        sites = self._sites(model, graph, enabled, result)
+        if sites and ctx.time is None:
             result.refuse(name, "nothing can be timed here")
             return result
-        graph = Graph(model, frozenset(), ctx.target)
-        sites = self._sites(model, graph, result)
         probes = {signature: self._probe(site, graph, signature) for site, signature in sites}
-        ratios = ctx.time(list(probes.values()))
+        ratios = ctx.time(list(probes.values())) if ctx.time is not None else {}
         for site, signature in sites:
             ratio = ratios.get(signature)
             if ratio is None:
                 result.refuse(site.nodes[0], "it is not in the timing table")
             elif ratio > FASTER:
-                result.refuse(site.nodes[0], f"{site.operator} is not faster than what the session makes by itself")
+                if site.form not in STANDARD:
+                    result.refuse(site.nodes[0], f"{site.operator} is not faster than what the session makes by itself")
             elif all(node.graph is not None for node in site.nodes):
                 forms.write(site, graph)
-                model.graph.opset_imports.setdefault(DOMAIN, 1)
-                result.change(f"{site.operator} written")
+                if site.domain:
+                    model.graph.opset_imports.setdefault(site.domain, 1)
+                before = f" before {site.reader.op_type}" if site.reader is not None else ""
+                result.change(f"{site.operator} written{before}")
         return result
 
-    def _sites(self, model: ir.Model, graph: Graph, result: PassResult) -> list[tuple[Site, str]]:
+    def _sites(
+        self, model: ir.Model, graph: Graph, enabled: Sequence[str], result: PassResult
+    ) -> list[tuple[Site, str]]:
         provider = graph.providers[0]
         found = []
         for node in list(edit.nodes(model)):
             if node.domain:
                 continue
-            for name, (operators, find) in FORMS.items():
-                if node.op_type not in operators or name in self.skip or (self.only and name not in self.only):
+            for operators, find in (FORMS[name] for name in enabled):
+                if node.op_type not in operators:
                     continue
                 try:
                     site = find(node, graph)
@@ -92,7 +100,7 @@ class Lower(Pass):
                     continue
                 if site is None:
                     continue
-                if not graph.target.has_kernel(DOMAIN, site.operator, provider):
+                if not graph.target.has_kernel(site.domain, site.operator, provider):
                     result.refuse(node, f"{provider} has no kernel for {site.operator}")
                     continue
                 found.append((site, self._signature(site, graph)))
@@ -101,15 +109,18 @@ class Lower(Pass):
     def _signature(self, site: Site, graph: Graph) -> str:
         """A form, its attributes, and the dtypes and sizes that it is timed with."""
         operands = ", ".join(
-            "-" if v is None else f"{(graph.dtype(v) or ir.DataType.FLOAT).name.lower()}{self._shape(v, graph)}"
+            "-" if v is None else f"{(graph.dtype(v) or ir.DataType.FLOAT).name.lower()}{self._shape(v, site, graph)}"
             for v in site.inputs
         )
         attributes = " ".join(f"{k}={v:g}" for k, v in sorted(site.attributes.items()))
         given = sum(v is not None for v in site.outputs)
         return f"{site.form}({operands}) {attributes} -> {given} {graph.providers[0]}"
 
-    def _shape(self, value: ir.Value, graph: Graph) -> list[int]:
-        return [self._size(dim, graph) for dim in graph.dims(value) or ()]
+    def _shape(self, value: ir.Value, site: Site, graph: Graph) -> list[int]:
+        dims = graph.dims(value) or ()
+        if len(dims) <= len(site.typical):
+            return list(site.typical[len(site.typical) - len(dims) :])
+        return [self._size(dim, graph) for dim in dims]
 
     def _size(self, dim: Any, graph: Graph) -> int:
         """A number for a size: 1 for what is the first axis of an input, else ``length``."""
@@ -124,7 +135,7 @@ class Lower(Pass):
         return max(1, total)
 
     def _probe(self, site: Site, graph: Graph, signature: str) -> Probe:
-        before, after = forms.models(site, graph, lambda dim: self._size(dim, graph))
+        before, after = forms.models(site, graph, lambda value: self._shape(value, site, graph))
         rng = np.random.default_rng(0)
         inputs = {}
         for value in before.graph.inputs:

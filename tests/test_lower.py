@@ -97,10 +97,39 @@ def test_what_does_not_fit(body: str, reason: str) -> None:
 
 def test_a_portable_target_keeps_the_standard_operators() -> None:
     model = build("s = Sigmoid(x) y = Mul(x, s)", x=ROWS)
-    result = Lower().run(model, CONTEXT)
+    result = Lower(only=("quick-gelu",)).run(model, CONTEXT)
     assert reasons(result) == ["only standard operators may be written: see portable=false of the target"]
     untimed = dataclasses.replace(CONTEXT, target=TARGET)
     assert reasons(Lower().run(model, untimed)) == ["nothing can be timed here"]
+
+
+@pytest.mark.parametrize("left", ["x", "h"])
+def test_a_sum_that_is_normalised_is_left_apart_where_that_is_faster(left: str) -> None:
+    known = {"g": numbers(8, low=0.5, high=2), "h": numbers(8, seed=1)}
+    model = build(f"a = Add({left}, z) b = Relu(a) n = LayerNormalization(a, g, h) y = Mul(n, b)", x=ROWS, **known)
+    for ratio in (0.5, 1.0):
+        context = dataclasses.replace(always(ratio), target=runtime.capabilities())
+        after = model.clone()
+        result = Lower().run(after, context)
+        faster = ratio < 1 and left == "x"
+        assert operators(after) == ["Sum" if faster else "Add", "Relu", "LayerNormalization", "Mul"]
+        assert result.changes == (["Sum written before LayerNormalization"] if faster else [])
+        inputs = feeds(model)
+        np.testing.assert_array_equal(run(after, inputs)["y"], run(model, inputs)["y"])
+
+
+def test_sums_of_sums() -> None:
+    """What a site reads may have been written by the one before it."""
+    known = {"g": numbers(8, low=0.5, high=2), "h": numbers(8, seed=1)}
+    body = "a = Add(x, z) n = LayerNormalization(a, g, h) b = Add(n, a) m = LayerNormalization(b, g, h) y = Add(m, b)"
+    for skip in ((), ("sum-norm",)):
+        after, _ = lowered(build(body, x=ROWS, **known), skip=skip)
+        assert operators(after)[-1] == "Add" and "LayerNormalization" not in operators(after)[: -1 if skip else 0]
+        after.clone()
+    context = dataclasses.replace(always(0.5), target=runtime.capabilities())
+    after = build(body, x=ROWS, **known)
+    Lower().run(after, context)
+    assert operators(after.clone()) == ["Sum", "LayerNormalization"] * 2 + ["Add"]
 
 
 def probe() -> Probe:

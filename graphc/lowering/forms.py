@@ -1,4 +1,4 @@
-"""The forms: which standard operators ``com.microsoft`` has one operator for, and how that is written."""
+"""The forms: operators that may take the place of others, most of them of ``com.microsoft``, and how to write them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ class Site:
 
     Attributes:
         form: The name of the form.
-        operator: The operator of ``com.microsoft``.
+        operator: The operator that takes their place.
         nodes: The standard operators, the last one first.
         inputs: What the operator reads, None for what is left out.
         outputs: Which value each of its outputs becomes, None for one that nobody reads.
         attributes: Its attributes.
+        domain: Of the operator.
+        reader: A node that reads its first output and stays; it is timed with it.
+        typical: The sizes to time it with, the last axes of each value, where the model's own do not matter.
     """
 
     form: str
@@ -34,6 +37,9 @@ class Site:
     inputs: tuple[ir.Value | None, ...]
     outputs: tuple[ir.Value | None, ...]
     attributes: dict[str, Any]
+    domain: str = DOMAIN
+    reader: ir.Node | None = None
+    typical: tuple[int, ...] = ()
 
 
 def _skip_norm(node: ir.Node, graph: Graph) -> Site | None:
@@ -123,25 +129,43 @@ def _bias_gelu(node: ir.Node, graph: Graph) -> Site | None:
     return None
 
 
+def _sum_norm(node: ir.Node, graph: Graph) -> Site | None:
+    """A sum of two values of one shape, normalised: ONNX Runtime makes SkipLayerNormalization of it, but not of Sum."""
+    total = node.inputs[0]
+    add = total.producer() if total is not None else None
+    if total is None or add is None or not edit.is_op(add, "Add") or len(node.outputs) > 1:
+        return None
+    dims = graph.dims(total)
+    if dims is None or len(dims) != 3 or any(graph.dims(v) != dims or edit.tensor(v) is not None for v in add.inputs):
+        return None
+    return Site("sum-norm", "Sum", (add,), tuple(add.inputs), (total,), {}, "", node, (1, 64, 384))
+
+
 FORMS: dict[str, tuple[tuple[str, ...], Callable[[ir.Node, Graph], Site | None]]] = {
     "skip-rms-norm": (("RMSNormalization",), _skip_norm),
     "skip-layer-norm": (("LayerNormalization",), _skip_norm),
     "multi-head-attention": (("Attention",), _multi_head),
     "quick-gelu": (("Sigmoid",), _quick_gelu),
     "bias-gelu": (("Gelu",), _bias_gelu),
+    "sum-norm": (("LayerNormalization",), _sum_norm),
 }
 """By name: the standard operators at which a form is tried, and what finds it."""
+
+STANDARD = frozenset(("sum-norm",))
+"""Forms that write standard operators alone."""
 
 
 def write(site: Site, graph: Graph) -> None:
     """Put the operator in the place of the standard ones."""
     last = site.nodes[0]
     inside = set(site.nodes)
+    # What an earlier site gave may have a new producer by now.
+    inputs = [graph.made.get(("written", v), v) if v is not None else None for v in site.inputs]
     made = ir.node(
         site.operator,
-        list(site.inputs),
+        inputs,
         dict(site.attributes),
-        domain=DOMAIN,
+        domain=site.domain,
         num_outputs=len(site.outputs),
         name=last.name,
         metadata_props=dict(last.metadata_props),
@@ -161,6 +185,7 @@ def write(site: Site, graph: Graph) -> None:
             for use in [u for u in old.uses() if u.node not in inside and u.node is not made]:
                 use.node.replace_input_with(use.idx, new)
             old.name, new.name = graph.fresh(f"{name}.replaced"), name
+        graph.made["written", old] = new
         graph.note(new, old, graph.dims(old))
     graph.sweep([v for n in site.nodes for v in n.outputs])
     for node in site.nodes:
@@ -172,28 +197,31 @@ _Written = tuple[str, str, Sequence[ir.Value | None], Sequence[ir.Value | None],
 """Operator, domain, inputs, outputs, attributes."""
 
 
-def models(site: Site, graph: Graph, sizes: Callable[[Any], int]) -> tuple[ir.Model, ir.Model]:
-    """The standard operators of a site, and the one operator, as two models with the same inputs.
+def models(site: Site, graph: Graph, shape: Callable[[ir.Value], Sequence[int]]) -> tuple[ir.Model, ir.Model]:
+    """The standard operators of a site, and what may take their place, as two models with the same inputs.
 
     Args:
         site: The place.
         graph: The graph that it is in.
-        sizes: Gives a number for each symbolic dim.
+        shape: Gives the shape of each value to time it with.
     """
-    made = {v for node in site.nodes for v in node.outputs}
-    outer = list(dict.fromkeys(v for node in site.nodes for v in node.inputs if v is not None and v not in made))
-    wanted = [v for v in site.outputs if v is not None]
+    nodes = (*reversed(site.nodes), *([site.reader] if site.reader is not None else []))
+    made = {v for node in nodes for v in node.outputs}
+    outer = list(dict.fromkeys(v for node in nodes for v in node.inputs if v is not None and v not in made))
+    wanted = [v for v in (site.outputs if site.reader is None else site.reader.outputs) if v is not None]
 
     def build(written: Sequence[_Written]) -> ir.Model:
         copies: dict[ir.Value, ir.Value] = {}
         inputs: list[ir.Value] = []
         initializers: list[ir.Value] = []
         for value in outer:
-            held = edit.tensor(value)
+            held, own = edit.tensor(value), tuple(shape(value))
+            if held is not None and tuple(held.shape) != own:
+                held = None
             copies[value] = ir.Value(
                 name=value.name,
                 type=ir.TensorType(graph.dtype(value) or ir.DataType.FLOAT),
-                shape=ir.Shape([sizes(dim) for dim in graph.dims(value) or ()]),
+                shape=ir.Shape(own),
                 const_value=held,
             )
             (inputs if held is None else initializers).append(copies[value])
@@ -218,7 +246,6 @@ def models(site: Site, graph: Graph, sizes: Callable[[Any], int]) -> tuple[ir.Mo
         )
         return ir.Model(body, ir_version=10)
 
-    standard: list[_Written] = [
-        (n.op_type, n.domain, n.inputs, n.outputs, dict(n.attributes)) for n in reversed(site.nodes)
-    ]
-    return build(standard), build([(site.operator, DOMAIN, site.inputs, site.outputs, site.attributes)])
+    standard: list[_Written] = [(n.op_type, n.domain, n.inputs, n.outputs, dict(n.attributes)) for n in nodes]
+    other: _Written = (site.operator, site.domain, site.inputs, site.outputs, site.attributes)
+    return build(standard), build([other, *standard[len(site.nodes) :]])
