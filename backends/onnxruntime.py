@@ -31,7 +31,13 @@ class OnnxRuntime(Backend):
     threads: int = option(0, "threads within an operator; 0 lets ONNX Runtime choose")
 
     def capabilities(self) -> Capabilities:
-        return _capabilities(self.portable)
+        from dataclasses import replace
+
+        found = _capabilities(self.portable)
+        if self.provider not in found.providers:
+            return found
+        # The one that the model is for comes first.
+        return replace(found, providers=(self.provider, *(p for p in found.providers if p != self.provider)))
 
     def emit(self, model: ir.Model, folder: Path, *, progress: Progress = no_progress) -> Mapping[str, Any]:
         from graphc import model as models

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +99,7 @@ def optimize(a: Any) -> int:
     check_output(a.model, output, settings.target)
     with bar(a.quiet or a.json) as progress:
         progress("loading", 0, 0)
+        silent = a.quiet or a.json
         report = run(
             _source(a, a.model, verify=settings.verify),
             output,
@@ -106,6 +108,7 @@ def optimize(a: Any) -> int:
             report_file=a.report,
             depfile=a.depfile,
             inputs=[Path(p) for p in (a.recipe,) if p and Path(p).is_file()],
+            warn=None if silent else lambda text: print(f"graphc: note: {text}", file=sys.stderr),
         )
     if a.json:
         _print_json(report.to_json())

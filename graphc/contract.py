@@ -238,6 +238,14 @@ class Pass(abc.ABC):
         """What must be collected before the pass runs on ``model``."""
         return Needs()
 
+    def caveats(self, model: ir.Model, ctx: Context) -> Iterable[str]:
+        """What the user should know before any work: that the target makes the pass pointless, say.
+
+        It may look at the target and have probes timed (``ctx.time``, None if there is no time for that), and takes
+        no longer.
+        """
+        return ()
+
     def levels(self, model: ir.Model) -> Sequence[Pass]:
         """The same pass from the strongest setting, which is itself, to the mildest; the gate backs off along it."""
         return (self,)

@@ -104,11 +104,11 @@ class Judge:
         self._wanted = self._outputs(session, "running the original")
 
     @staticmethod
-    def _session(model: ir.Model) -> Session:
+    def _session(model: ir.Model, *, optimise: bool = False) -> Session:
         from graphc import runtime
 
         big = runtime.constants_nbytes(model) > runtime.BIG
-        return runtime.session(model, optimise=False, frugal=big)
+        return runtime.session(model, optimise=optimise and not big, frugal=big)
 
     def _outputs(self, session: Session, what: str, model: ir.Model | None = None) -> list[dict[str, Any]]:
         from graphc.checking.interface import fitting
@@ -129,7 +129,8 @@ class Judge:
         from graphc.checking.interface import renames
         from graphc.checking.metrics import metric
 
-        found = self._outputs(self._session(candidate), "running the candidate", candidate)
+        # As its users run it: of integer weights, the runtime's kernels may round activations as well.
+        found = self._outputs(self._session(candidate, optimise=True), "running the candidate", candidate)
         wanted: Sequence[Mapping[str, Any]] = self._wanted
         if (old := renames(candidate)) is not None:
             # What went with the user's leave is no loss.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,6 +158,7 @@ def run(
     report_file: Path | None = None,
     depfile: Path | None = None,
     inputs: Sequence[Path] = (),
+    warn: Callable[[str], None] | None = None,
 ) -> Report:
     """What ``optimize`` does, on parsed settings.
 
@@ -169,6 +170,7 @@ def run(
         report_file: Where to write the report: ``.json`` or ``.html``.
         depfile: Where to write the dependencies of ``output``, as make and ninja read them.
         inputs: Further files that the output depends on (the recipe).
+        warn: Told, before any work, what should be known of the passes on this target; the report has it, too.
     """
     from graphc import artifact
 
@@ -202,6 +204,9 @@ def run(
         own = _of_part(part, loaded, settings)
         choice = _chosen(part, own)
         works.append(Work(part, choice.applied(own) if choice else own, progress, what, choice))
+    for text in dict.fromkeys(text for work in works for text in work.caveats):
+        if warn is not None:
+            warn(text)
     reports = [work.report() for work in works]
     report, recipe = reports[0], settings.recipe
     if loaded.others:

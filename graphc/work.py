@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphc import kept
+from graphc import kept, timings
 from graphc.contract import Arrays, Context, Pass, Progress
 from graphc.errors import CheckFailed
 from graphc.gate import Judge
@@ -74,11 +74,28 @@ class Work:
         return Judge(self.loaded.original, self.samples, self.settings.seed, self.progress)
 
     @cached_property
+    def table(self) -> timings.Table:
+        """How fast operators are on this machine."""
+        from graphc.cache import Store
+
+        return timings.Table(self.settings.timings, Store() if self.settings.cache else None, self.progress)
+
+    @cached_property
+    def caveats(self) -> list[str]:
+        """What should be known of the passes before they run."""
+        settings, model = self.settings, self.loaded.model
+        target = settings.target.capabilities()
+        timed = settings.measure and target.name == "onnxruntime"
+        context = Context(target, seed=settings.seed, time=self.table if timed else None)
+        return list(dict.fromkeys(text for each in settings.recipe.passes for text in each.caveats(model, context)))
+
+    @cached_property
     def calibration(self) -> Calibration:
         """What collects the statistics that passes ask for."""
         from graphc.calibration import Calibration
 
-        providers = self.settings.target.capabilities().providers
+        # Whatever the model is for: an accelerator that starts here collects faster.
+        providers = sorted(self.settings.target.capabilities().providers, key="CPUExecutionProvider".__eq__)
         return Calibration.of(self.loaded.model, self.calibrating, self.settings, providers, self.progress)
 
     def report(self) -> Report:
@@ -87,14 +104,12 @@ class Work:
         Raises:
             CheckFailed: A pass was rolled back and ``strict`` was given, or a gate did not hold.
         """
-        from graphc import timings
-
         loaded, settings = self.loaded, self.settings
         recipe, done = kept.resumed(loaded, settings)
         now, later = kept.until(recipe, settings.stop_after)
         done = self.run(now, done)
         done.passes[:0] = [loaded.adapted] if loaded.adapted else []
-        done.warnings[:0] = loaded.warnings
+        done.warnings[:0] = [*loaded.warnings, *(text for text in self.caveats if text not in done.warnings)]
         if self.choice is not None and self.choice.warning:
             done.warnings.insert(0, self.choice.warning)
         report = Report(
@@ -151,7 +166,6 @@ class Work:
 
     def run(self, passes: Sequence[Pass], done: Done | None) -> Done:
         """Run passes on the loaded model, or on what was resumed; what is in the cache is not done again."""
-        from graphc import timings
         from graphc.cache import Store
         from graphc.model import nbytes
 
@@ -173,7 +187,6 @@ class Work:
             note = "the passes ran and were checked earlier: taken from the cache (--no-cache runs them again)"
             known.warnings.append(note)
             return known
-        table = timings.Table(settings.timings, context.store, self.progress)
         runner = Runner(
             done or Done(self.loaded.original),
             checker=self.checker if settings.verify else None,
@@ -182,10 +195,10 @@ class Work:
             context=context,
             calibration=lambda: self.calibration,
             unchecked=settings.unchecked or not settings.verify,
-            timings=table if context.target.name == "onnxruntime" else None,
+            timings=self.table if context.target.name == "onnxruntime" else None,
         )
         runner.run(passes, load=None if done else self._load)
-        table.write()
+        self.table.write()
         self.last = runner.last
         if name is not None:
             store.put(name, lambda folder: kept.remember(folder, runner.done))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
@@ -24,6 +24,11 @@ _PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum")
 
 _CPU_ONLY = "ONNX Runtime's CPU provider computes these in float32 through casts: smaller, not faster"
 
+_CAVEAT = (
+    "cast to {to}: ONNX Runtime's CPU provider has no products in it and computes them in float32 through casts: the "
+    "file is smaller, the model is not faster"
+)
+
 
 @dataclass(frozen=True)
 class Cast(Pass):
@@ -39,6 +44,10 @@ class Cast(Pass):
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
             raise ValueError("share is a number from 0 to 1")
+
+    def caveats(self, model: ir.Model, ctx: Context) -> Iterable[str]:
+        if self.to != "float32" and ctx.target.providers and _only_cpu(ctx):
+            yield _CAVEAT.format(to=self.to)
 
     def levels(self, model: ir.Model) -> Sequence[Pass]:
         """Everything; all but sensitive operators; of those the first three quarters, half, quarter; nothing."""

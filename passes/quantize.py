@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -23,6 +23,7 @@ from graphc.quantization import (
     scaling,
     sensitivity,
     sites,
+    speed,
     static,
     store,
 )
@@ -140,6 +141,15 @@ class Quantize(Pass):
         )
         return Needs(calibration=bool(wanted))
 
+    def caveats(self, model: ir.Model, ctx: Context) -> Iterable[str]:
+        """What makes this way of quantizing pointless on the target, as known or as measured there."""
+        found = [*advice.notes(self, model, ctx.target)]
+        if ctx.time is not None:
+            off: dict[str, Any] = {"rounding": "nearest", "scaling": "none", "clip": "none", "correct": False}
+            off |= {"budget": 0.0, "keep": 0, "least": 0, "include": (), "exclude": ()}
+            found += speed.caveats(model, dataclasses.replace(self, **off), ctx)
+        return [f"quantize: {text}" for text in found]
+
     def levels(self, model: ir.Model) -> Sequence[Pass]:
         """More and more layers kept, the most sensitive first; of few bits, then 8 bits for all and the same again."""
         count = len(self._sites(model, PassResult()))
@@ -167,7 +177,7 @@ class Quantize(Pass):
             result.refuse("", "no weight can be quantized")
             return result
         for note in advice.notes(self, model, ctx.target):
-            result.note(note)
+            result.note(f"quantize: {note}")
         if self.scaling != "none":
             self._scale(model, [(site, way) for site, way in zip(found, ways, strict=True) if way], ctx, result)
         if self.budget:

@@ -50,8 +50,8 @@ def notes(options: Options, model: ir.Model, target: Capabilities) -> Iterator[s
             yield "ONNX Runtime multiplies with 4- and 8-bit weights in blocks of a power of two; others are slower"
         elif {"MatMul", "Gemm"} & kinds:
             yield (
-                "ONNX Runtime's CPU kernels for weights of few bits round activations to 8 bits in blocks; they are "
-                "faster for few rows (decoding), and about as fast as float32 for many (64 and more)"
+                "ONNX Runtime's CPU kernels for such weights round activations to 8 bits, too; that is part of the "
+                "measured error, but for models above 128 MB"
             )
     if options.scheme != "weights" and cuda:
         yield "the CUDA provider has no products in 8-bit integers: Q/DQ is computed in float there, and is slower"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -103,18 +103,11 @@ def _qlinear_conv(
     scale: Tensor,
     zero: Tensor,
     b: Tensor | None = None,
-    *,
-    auto_pad: str = "NOTSET",
-    dilations: Sequence[int] | None = None,
-    group: int = 1,
-    kernel_shape: Sequence[int] | None = None,
-    pads: Sequence[int] | None = None,
-    strides: Sequence[int] | None = None,
+    **attributes: Any,
 ) -> Tensor:
     data, weight = dequantize(x, x_scale, x_zero), dequantize(w, w_scale, w_zero, axis=0)
     bias = None if b is None else b * (x_scale * w_scale)
-    y = conv(data, weight, bias, auto_pad=auto_pad, dilations=dilations, group=group, pads=pads, strides=strides)
-    return quantize(y, scale, zero)
+    return quantize(conv(data, weight, bias, **attributes), scale, zero)
 
 
 def _conv_integer(
@@ -122,19 +115,12 @@ def _conv_integer(
     w: Tensor,
     x_zero: Tensor | None = None,
     w_zero: Tensor | None = None,
-    *,
-    auto_pad: str = "NOTSET",
-    dilations: Sequence[int] | None = None,
-    group: int = 1,
-    kernel_shape: Sequence[int] | None = None,
-    pads: Sequence[int] | None = None,
-    strides: Sequence[int] | None = None,
+    **attributes: Any,
 ) -> Tensor:
     # Exact: products of 16 bits summed in 53.
     one = torch.ones((), dtype=torch.float64, device=x.device)
     data, weight = dequantize(x, one, x_zero), dequantize(w, one, w_zero, axis=0)
-    y = conv(data, weight, auto_pad=auto_pad, dilations=dilations, group=group, pads=pads, strides=strides)
-    return y.to(torch.int32)
+    return conv(data, weight, **attributes).to(torch.int32)
 
 
 OPERATORS: dict[str, Operator] = {
