@@ -13,9 +13,9 @@ from experiment import Experiment, Variant, methods
 from graphc import data, runtime
 from graphc.frontends import load
 
-HELD_OUT, EVERYTHING = 24, 88
+HELD_OUT, EVERYTHING = 16, 88
 """Windows of 512 tokens of the held-out text that perplexity is read on: for most rows, and all there are."""
-CALIBRATION = 64
+CALIBRATION = 32
 """Windows of the calibration text, of about 88."""
 
 BLOCKS = 106.2 / 134.5
@@ -30,6 +30,7 @@ WIDTH = {
     "wanda + ls": "criterion=wanda compensate=ls",
     "obs + ls": "criterion=obs compensate=ls",
     "obs, per cost + ls": "criterion=obs allocate=per-cost compensate=ls",
+    "surgeon, per cost + ls": "criterion=surgeon allocate=per-cost compensate=ls",
 }
 """All have the same calibration data."""
 

@@ -50,7 +50,7 @@ class Prune(Pass):
     - how activations vary together: ``projection`` (AMP, heads), ``obs`` (what is lost when the rest makes up for it:
       ZipLM, OSSCAR, DarwinLM);
     - gradients, for which torch is needed: ``taylor``, ``taylor-second``, ``taylor-mix``, ``taylor-vector``
-      (LLM-Pruner), ``heapr`` (HEAPr);
+      (LLM-Pruner), ``heapr`` (HEAPr), ``surgeon`` (LLM Surgeon: ``obs`` in units of the loss);
     - the loss of the outputs, measured without each unit in turn (slow): ``loss``;
     - a file: ``scores``.
 

@@ -196,7 +196,7 @@ def test_criteria_see_what_magnitude_does_not(criterion: str) -> None:
     np.testing.assert_allclose(outputs(found, x), outputs(model, x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("criterion", ["taylor", "taylor-second", "taylor-mix", "taylor-vector", "heapr"])
+@pytest.mark.parametrize("criterion", ["taylor", "taylor-second", "taylor-mix", "taylor-vector", "heapr", "surgeon"])
 def test_gradients_see_what_the_loss_ignores(criterion: str) -> None:
     pytest.importorskip("torch")
     model = parse(MODELS["matmul"])
@@ -268,15 +268,15 @@ def test_budgets_are_met_to_one_unit(allocate: str, ratio: float) -> None:
     assert abs(gone - ratio * 56) <= 1
 
 
-PRESETS = ["magnitude", "wanda-structured", "flap", "cfsp", "amp", "llm-pruner", "obs-ls", "darwin-search", "rd-dp",
-           "adapt-pruner"]  # fmt: skip
+PRESETS = ["magnitude", "wanda-structured", "flap", "cfsp", "amp", "llm-pruner", "obs-ls", "surgeon", "darwin-search",
+           "rd-dp", "adapt-pruner"]  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets(preset: str) -> None:
     """Each named method runs on a trained model, takes what it should, and leaves it far better than chance."""
-    if preset in ("llm-pruner", "adapt-pruner"):
+    if preset in ("llm-pruner", "adapt-pruner", "surgeon"):
         pytest.importorskip("torch")
     with np.load(DATA / "fashion_mnist_2k.npz") as stored:
         images = {k: ((stored[f"{k}_x"][:, None] / 255 - 0.286) / 0.353).astype(np.float32) for k in ("calib", "test")}

@@ -254,6 +254,31 @@ def test_a_time_limit_ends_it() -> None:
     assert result.changed
 
 
+def test_a_time_limit_is_a_schedule_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rate rises and falls, and held-out data is read, over the time that there is."""
+    clock = iter(np.arange(0.0, 1e4, 0.5).tolist())
+    monkeypatch.setattr(training.time, "monotonic", lambda: next(clock))
+    rates, read = [], []
+    rate, evaluate = training.Trainer._rate, training.Trainer._evaluate
+
+    def noted(self: training.Trainer, spent: float, step: int) -> float:
+        rates.append(rate(self, spent, step))
+        return rates[-1]
+
+    def counted(self: training.Trainer, leaves: Any, state: training.State, held: Any) -> None:
+        read.append(state.step)
+        evaluate(self, leaves, state, held)
+
+    monkeypatch.setattr(training.Trainer, "_rate", noted)
+    monkeypatch.setattr(training.Trainer, "_evaluate", counted)
+    original = mlp()
+    healed(pruned(original), original, steps=10**6, minutes=1, patience=0, learning_rate=1e-3)
+    assert 30 < len(rates) < 200 and 9 <= len(read) <= 11
+    highest = int(np.argmax(rates))
+    assert 0 < highest < len(rates) // 4 and rates[highest] > 0.8e-3
+    assert rates[0] < 0.3e-3 and rates[-1] < 0.05e-3
+
+
 @pytest.mark.parametrize(
     ("last", "kind"),
     [

@@ -160,24 +160,24 @@ class Trainer:
         trained: list[int],
     ) -> None:
         plan = self.plan
-        every = max(1, plan.steps // max(plan.evaluations, 1))
         order = _Order(trained, plan.seed)
         order.skip(self._rows, plan.batch, state.step)
         start, saved = time.monotonic() - state.seconds, time.monotonic()
+        read = self._spent(state)
         shown = state.first
         while state.step < plan.steps:
             self.progress(f"healing: loss {shown:.4g}, held-out {state.best:.4g}", state.step, plan.steps)
-            done = state.step / plan.steps
-            if plan.minutes:
-                done = max(done, (time.monotonic() - start) / 60 / plan.minutes)
-                if done >= 1:
-                    break
-            loss = self._step(leaves, optimizer, order.take(self._rows, plan.batch), self._rate(done, state.step))
+            state.seconds = time.monotonic() - start
+            spent = self._spent(state)
+            if spent >= 1:
+                break
+            loss = self._step(leaves, optimizer, order.take(self._rows, plan.batch), self._rate(spent, state.step))
             shown = loss
             state.step += 1
             state.seconds = time.monotonic() - start
             last = state.step == plan.steps
-            if state.step % every == 0 or last or not math.isfinite(loss):
+            if self._due(state, read) or last or not math.isfinite(loss):
+                read = self._spent(state)
                 self._evaluate(leaves, state, held)
                 if not math.isfinite(loss) or (plan.patience and state.worse >= plan.patience):
                     break
@@ -197,10 +197,29 @@ class Trainer:
         else:
             state.worse += 1
 
-    def _rate(self, done: float, step: int) -> float:
-        """The learning rate of a step: a linear warm-up, then half a cosine."""
-        warm = max(1, round(self.plan.warmup * self.plan.steps))
-        return self.plan.rate * min(1.0, (step + 1) / warm) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+    def _spent(self, state: State) -> float:
+        """The part of the time limit that is over; 0 without a limit."""
+        return state.seconds / 60 / self.plan.minutes if self.plan.minutes else 0.0
+
+    def _due(self, state: State, read: float) -> bool:
+        """Whether to read the held-out loss: at even distances in steps, and in time where that is limited.
+
+        Args:
+            state: The present one.
+            read: The part of the time limit that was over when the loss was last read.
+        """
+        count = max(self.plan.evaluations, 1)
+        every = max(1, self.plan.steps // count)
+        return state.step % every == 0 or int(self._spent(state) * count) > int(read * count)
+
+    def _rate(self, spent: float, step: int) -> float:
+        """The learning rate of a step: a linear warm-up, then half a cosine, over the steps or the time that ends."""
+        plan = self.plan
+        risen = (step + 1) / max(1, round(plan.warmup * plan.steps))
+        if plan.minutes:
+            risen = max(risen, spent / plan.warmup if plan.warmup else 1.0)
+        done = max(step / plan.steps, spent)
+        return plan.rate * min(1.0, risen) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
     def _optimizer(self, leaves: Mapping[str, Tensor]) -> torch.optim.AdamW:
         decayed = set(self.weights.decayed())
@@ -222,6 +241,7 @@ class Trainer:
             total += loss.item()
         if not math.isfinite(total):
             return total
+        self.weights.hold_zeros()
         if self.plan.clip:
             torch.nn.utils.clip_grad_norm_(leaves.values(), self.plan.clip, foreach=False)
         for group in optimizer.param_groups:
@@ -237,10 +257,10 @@ class Trainer:
 
     def _loss(self, i: int) -> Tensor:
         sample = self.cases[i]
-        with torch.device(self.device):
+        products = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.plan.bfloat16)
+        with torch.device(self.device), products:
             wanted = self._wanted(i, sample)
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.plan.bfloat16):
-                got = functional_call(self.student, self.weights.effective(), kwargs=self._given(self.student, sample))
+            got = functional_call(self.student, self.weights.effective(), kwargs=self._given(self.student, sample))
         return self.objective(got, wanted, sample, self.labels[i] if len(self.labels) else None)
 
     def _wanted(self, i: int, sample: Arrays) -> Mapping[str, Tensor]:

@@ -49,7 +49,7 @@ class Weights:
                 continue
             self._frozen[name] = parameter.detach()
             if keep_zeros and bool((start == 0).any()):
-                self._masks[name] = (start != 0).float()
+                self._masks[name] = start == 0
 
     def __len__(self) -> int:
         """How many constants are trained."""
@@ -81,13 +81,19 @@ class Weights:
         """The weights as the module runs with them, in its dtypes; gradients flow to the leaves."""
         made = {}
         for name, value in self._whole.items():
-            mask = self._masks.get(name)
-            made[name] = (value if mask is None else value * mask).to(self._frozen[name].dtype)
+            made[name] = value.to(self._frozen[name].dtype)
         for name, (left, right) in self._matrices.items():
             start, mask = self._frozen[name], self._masks.get(name)
             added = (left @ right).reshape(start.shape)
-            made[name] = (start.float() + (added if mask is None else added * mask)).to(start.dtype)
+            made[name] = (start.float() + (added if mask is None else added.masked_fill(mask, 0))).to(start.dtype)
         return made
+
+    def hold_zeros(self) -> None:
+        """Take out of the leaves' gradients what would move a weight that stays zero."""
+        for name, value in self._whole.items():
+            mask = self._masks.get(name)
+            if mask is not None and value.grad is not None:
+                value.grad.masked_fill_(mask, 0)
 
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Set the leaves."""

@@ -60,7 +60,7 @@ def mean_bias(weight: Array, seen: Seen, gone: Array) -> tuple[Array, Array]:
 def least_squares(weight: Array, seen: Seen, gone: Array) -> tuple[Array, Array]:
     """The matrix and the bias that come closest; see the module."""
     kept = ~gone
-    system = curvature.damped(seen.centred[np.ix_(kept, kept)])
+    system = curvature.damped(seen.centred)[np.ix_(kept, kept)]
     change = np.linalg.solve(system, seen.centred[np.ix_(kept, gone)] @ weight[:, gone].T).T
     result = _without(weight, gone)
     result[:, kept] += change
@@ -70,10 +70,7 @@ def least_squares(weight: Array, seen: Seen, gone: Array) -> tuple[Array, Array]
 def sweep(weight: Array, seen: Seen, gone: Array) -> tuple[Array, Array]:
     """The same by optimal brain surgery: one channel after the other is removed, and the rest makes up for it."""
     kept = ~gone
-    # The ridge must be that of least squares on the kept channels, for both to be the same.
-    inner = np.diagonal(seen.centred)[kept].mean()
-    damping = curvature.DAMPING * inner if inner > 0 else 1.0
-    inverse = np.linalg.inv(seen.centred + np.eye(len(gone)) * damping)
+    inverse = np.linalg.inv(curvature.damped(seen.centred))
     result = weight.copy()
     for column in np.flatnonzero(gone):
         curvature.remove(result, inverse, np.array([column]))

@@ -166,6 +166,12 @@ CRITERIA: dict[str, Criterion] = {
         curvature.needs,
         scaled=True,
     ),
+    "surgeon": Criterion(
+        curvature.surgeon,
+        "what the loss rises by when the rest makes up for it (LLM Surgeon; needs torch)",
+        curvature.surgeon_needs,
+        scaled=True,
+    ),
     "taylor": Criterion(
         taylor.scored(taylor.first), "|w g| (LLM-Pruner, param_first; needs torch)", taylor.needs, scaled=True
     ),
