@@ -44,7 +44,7 @@ class Recognise(Pass):
     - ``layer-norm``: LayerNormalization.
     - ``rms-norm``: RMSNormalization (opset 23).
     - ``rotary``: RotaryEmbedding, by halves or pairs, of all channels or the first (opset 23).
-    - ``attention``: Attention, with heads, scale, mask and repeated keys (opset 23).
+    - ``attention``: Attention, with heads, scale, mask, repeated keys, and a cache of past keys (opset 23).
     """
 
     effect: ClassVar[Effect] = Effect.EXACT
@@ -76,6 +76,11 @@ class Recognise(Pass):
                     for operator in rule.operators:
                         rules.setdefault(operator, []).append(rule)
             _apply(model, graph, rules, result)
+        for node, why in graph.missed:
+            result.refuse(node, why)
+        if graph.late:
+            for each in (model.graph, *(f.graph for f in model.functions.values())):
+                each.sort()
         return result
 
 

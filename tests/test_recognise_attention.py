@@ -261,34 +261,6 @@ def test_batch_times_heads_as_one_axis() -> None:
     assert edit.attribute(node, "q_num_heads") == 2 and "Transpose" not in operators(after)
 
 
-def test_keys_and_values_of_a_cache() -> None:
-    """Four heads of queries on two of keys, which are appended to those of the past."""
-    w = Writer()
-    q = w("Transpose", w("Reshape", w.input("q", "float[B,S,16]"), [0, 0, 4, 4]), perm=(0, 2, 1, 3))
-    caches = []
-    for name in "kv":
-        new = w("Transpose", w("Reshape", w.input(name, "float[B,S,8]"), [0, 0, 2, 4]), perm=(0, 2, 1, 3))
-        caches.append(w("Concat", w.input(f"past_{name}", "float[B,2,P,4]"), new, axis=2))
-    length = w("Shape", caches[0], start=2, end=3)
-    shape = w("Concat", w("Shape", "q", start=0, end=1), [4], length, [4], axis=0)
-    k, v = (w("Reshape", w("Expand", w("Unsqueeze", c, [2]), [1, 1, 2, 1, 1]), shape) for c in caches)
-    mask = w("Unsqueeze", w.input("m", "bool[B,total]"), [1, 2])
-    s = w("Mul", w("MatMul", q, w("Transpose", k, perm=(0, 1, 3, 2))), np.float32(0.5))
-    s = w("Add", s, w("Where", mask, np.float32(0), np.float32(LOWEST)))
-    o = w("Transpose", w("MatMul", w("Softmax", s), v), perm=(0, 2, 1, 3))
-    model = w.model(w("Reshape", o, [0, 0, 16]))
-    (total,) = (value for value in model.graph.inputs if value.name == "m")
-    total.shape = ir.Shape(["B", "P + S"])
-    after = model.clone()
-    result = Recognise().run(after, CONTEXT)
-    assert result.changes == ["Attention recognised"], result.refusals
-    (node,) = [n for n in edit.nodes(after) if n.op_type == "Attention"]
-    assert not {"Softmax", "MatMul"} & set(operators(after)) and edit.is_op(node.inputs[1].producer(), "Concat")
-    for past, new in ((0, 3), (5, 1), (2, 2)):
-        inputs = feeds(model, B=2, S=new, P=past, **{"P + S": past + new})
-        np.testing.assert_allclose(run(after, inputs)["y"], run(model, inputs)["y"], rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("name", ["llama-dynamo", "llama-torchscript", "transformer-dynamo", "transformer-torchscript"])
 def test_exported_fragments(name: str) -> None:
     model = frontends.load(FRAGMENTS / f"{name}.onnx").model

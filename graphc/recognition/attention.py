@@ -10,80 +10,27 @@ there on only this normal form matters:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from graphc import edit
-from graphc.recognition import masks, products
+from graphc.recognition import existing, masks, products
 from graphc.recognition import scores as reading
 from graphc.recognition.graph import Graph
-from graphc.recognition.layout import (
-    VIEWS,
-    Axes,
-    Axis,
-    Leaf,
-    Place,
-    arrange,
-    moved,
-    reachable,
-    resolve,
-    settled,
-    size,
-    sizes,
-    trace,
-)
+from graphc.recognition.layout import VIEWS, Axes, Axis, Leaf, Place, moved, resolve, settled, size, trace
+from graphc.recognition.operator import Heads, Operands, copies, onwards
 from graphc.recognition.scores import Scores
-from graphc.rewrites.base import Refused, Rewriter, Rule, sole_reader
+from graphc.rewrites.base import Refused, Rewriter, Rule
 
-_DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
-
-_NEW = 2
-"""What a transpose that the model does not have counts for, in those that it has."""
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Which leaves are batch, heads, positions and channels.
-
-    Attributes:
-        batch, heads: Of queries; ``heads`` are the ``shared`` ones of keys and values, then how often each is repeated.
-        shared: Heads of keys and values.
-        queries, keys: Positions.
-        inner, outer: Channels of queries and keys, and of values.
-    """
-
-    batch: Axis
-    heads: Axis
-    shared: Axis
-    queries: Axis
-    keys: Axis
-    inner: Axis
-    outer: Axis
-
-    def flat(self) -> dict[str, Axes]:
-        """The axes of each role with heads in the last axis: ``b s (h d)``."""
-        return {
-            "q": (self.batch, self.queries, self.heads + self.inner),
-            "k": (self.batch, self.keys, self.shared + self.inner),
-            "v": (self.batch, self.keys, self.shared + self.outer),
-            "y": (self.batch, self.queries, self.heads + self.outer),
-        }
-
-    def deep(self) -> dict[str, Axes]:
-        """The axes of each role with heads as an axis: ``b h s d``."""
-        return {
-            "q": (self.batch, self.heads, self.queries, self.inner),
-            "k": (self.batch, self.shared, self.keys, self.inner),
-            "v": (self.batch, self.shared, self.keys, self.outer),
-            "y": (self.batch, self.heads, self.queries, self.outer),
-        }
+DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
 def recognise(node: ir.Node, rewriter: Rewriter) -> str | None:
-    """Replace the attention around a softmax."""
+    """Replace the attention around a softmax, or what lies around an Attention."""
     assert isinstance(rewriter, Graph)
     graph = rewriter
+    if node.op_type == "Attention":
+        return existing.tidy(node, graph)
     found = _weighted(node)
     if found is None:
         return None
@@ -110,7 +57,7 @@ def recognise(node: ir.Node, rewriter: Rewriter) -> str | None:
             raise Refused("how the weights are reshaped cannot be followed")
         axes = after
     second = products.read(product, graph, (side, axes))
-    return _Attention(graph, node, scores, second, side, bool(guards)).replace()
+    return _Attention(graph, scores, second, side, bool(guards)).replace()
 
 
 def _weighted(node: ir.Node) -> tuple[ir.Node, int, list[ir.Value | None], list[ir.Node]] | None:
@@ -191,18 +138,14 @@ class _Attention:
 
     Args:
         graph: The graph.
-        softmax: The softmax.
         scores: What it is taken of.
         second: The product of its result with values.
         side: At which input of that product the weights are.
         guarded: Whether NaN in the weights becomes 0.
     """
 
-    def __init__(
-        self, graph: Graph, softmax: ir.Node, scores: Scores, second: products.Product, side: int, guarded: bool
-    ) -> None:
-        self.graph, self.softmax, self.scores, self.second = graph, softmax, scores, second
-        self.guarded = guarded
+    def __init__(self, graph: Graph, scores: Scores, second: products.Product, side: int, guarded: bool) -> None:
+        self.graph, self.scores, self.second, self.guarded = graph, scores, second, guarded
         keys = set(resolve(scores.axes[-1]))
         first = scores.product
         sides = [i for i in (0, 1) if keys & set(_flat(first.operands[i]))]
@@ -214,7 +157,7 @@ class _Attention:
             "k": list(trace(first.values[k], first.operands[k], graph)),
             "v": list(trace(second.values[1 - side], second.operands[1 - side], graph)),
         }
-        self.out = list(_onwards(second.node, second.result, graph))
+        self.out = onwards(second.node, second.result, graph)
         self.heads = self._heads(keys)
 
     def _heads(self, keys: set[Leaf]) -> Heads:
@@ -231,7 +174,7 @@ class _Attention:
             batch_axes = [axis for axis in settled(q) if set(axis) <= set(rest)]
             heads = tuple(leaf for axis in batch_axes[1:] for leaf in axis)
         batch = tuple(leaf for leaf in rest if leaf not in heads)
-        copied = self._copies("k"), self._copies("v")
+        copied = copies(self.places["k"]), copies(self.places["v"])
         here = [set(_flat(self.places[role][0].axes)) - copied[i] for i, role in enumerate("kv")]
         if not set(batch) <= here[0] & here[1]:
             raise Refused("keys or values are shared by the whole batch")
@@ -278,130 +221,35 @@ class _Attention:
 
     def _with_copies(self, merged: Axis, rest: set[Leaf]) -> Axis:
         """Heads, and along which leaves keys or values are copied to them, in the order that queries have them."""
-        copied = (self._copies("k") | self._copies("v")) & rest
+        copied = (copies(self.places["k"]) | copies(self.places["v"])) & rest
         return tuple(leaf for leaf in _flat(self.places["q"][0].axes) if leaf in {*merged, *copied})
 
-    def _copies(self, role: str) -> frozenset[Leaf]:
-        return frozenset(leaf for place in self.places[role] for leaf in place.copies())
-
     def replace(self) -> str:
-        """Choose the layout with the fewest transposes, write the operator, remove what it replaces."""
-        graph, heads = self.graph, self.heads
-        value = self.places["v"][0].value
-        dtype = graph.dtype(value)
-        if dtype not in _DTYPES or graph.dtype(self.places["q"][0].value) != dtype:
+        """Write the operator and remove what it replaces."""
+        graph, scores, before = self.graph, self.scores, self.second.node
+        dtype = graph.dtype(self.places["v"][0].value)
+        if dtype not in DTYPES or graph.dtype(self.places["q"][0].value) != dtype:
             raise Refused(f"attention in {dtype.name.lower() if dtype else 'an unknown dtype'} is not covered")
-        if graph.dtype(self.second.node.outputs[0]) != dtype:
+        if graph.dtype(before.outputs[0]) != dtype:
             raise Refused("the attention changes its dtype")
-        factor = 1.0
-        plans = {}
-        for form, wanted in (("flat", heads.flat()), ("deep", heads.deep())):
-            plans[form] = {role: self._best(role, wanted[role]) for role in "qkv"}, self._end(wanted["y"])
-        costs = {
-            form: None if None in roles.values() or end is None else sum(p[0] for p in roles.values() if p) + end[0]
-            for form, (roles, end) in plans.items()
-        }
-        usable = [(cost, form) for form, cost in costs.items() if cost is not None]
-        if not usable:
-            raise Refused("the layout of queries, keys and values cannot be written with constant shapes")
-        form = min(usable, key=lambda item: (item[0], item[1] == "deep"))[1]
-        roles, end = plans[form]
-        assert end is not None
-        for role in "qk":
-            chosen = roles[role]
-            assert chosen is not None
-            factor *= chosen[1].factor
-        if roles["v"] is None or roles["v"][1].factor != 1.0:
-            raise Refused("the values are scaled")
-        scale = self.scores.scale * factor
+        operands = Operands(graph, before, self.places, self.out, self.heads)
+        plan = operands.plan([mask.value for mask in scores.masks])
+        scale = scores.scale * plan.factor
         if scale <= 0:
             raise Refused("the scale of the scores is not positive")
-        before = self.second.node
-        mask = masks.build(self.scores, heads, self.places["q"], self.guarded, dtype, before, graph)
-        wanted = heads.flat() if form == "flat" else heads.deep()
-        inputs: list[ir.Value | None] = []
-        for role in "qkv":
-            chosen = roles[role]
-            assert chosen is not None
-            inputs.append(arrange(chosen[1], wanted[role], before, graph))
-        if mask is not None:
-            inputs.append(mask)
+        mask = masks.build(scores, self.heads, self.places["q"], self.guarded, dtype, before, graph)
         attributes: dict[str, float | int] = {"scale": scale}
-        if form == "flat":
-            attributes |= {"q_num_heads": int(size(heads.heads)), "kv_num_heads": int(size(heads.shared))}  # type: ignore[arg-type]
-        if self.scores.cap:
-            attributes["softcap"] = self.scores.cap
-        if self.scores.upcast is not None and self.scores.upcast != dtype:
-            attributes["softmax_precision"] = int(self.scores.upcast)
-        self._write(end, wanted["y"], inputs, attributes)
-        return "Attention recognised"
-
-    def _best(self, role: str, wanted: Axes) -> tuple[int, Place] | None:
-        """The cheapest place from which an operand has these axes, and what that costs."""
-        best: tuple[int, Place] | None = None
-        copies = self._copies(role)
-        for place in self.places[role]:
-            if set(_flat(place.axes)) & copies:
-                continue
-            turns = reachable(place, wanted, self.graph)
-            if turns is not None and (best is None or turns * _NEW + place_turns(self.places[role], place) <= best[0]):
-                best = turns * _NEW + place_turns(self.places[role], place), place
-        return best
-
-    def _end(self, wanted: Axes) -> tuple[int, ir.Value, Axes] | None:
-        """The value after the product from which on others may read the operator's result, and what that costs."""
-        best: tuple[int, ir.Value, Axes] | None = None
-        left = sum(edit.is_op(v.producer(), "Transpose") for v, _ in self.out[1:])
-        for value, axes in self.out:
-            if value is not self.out[0][0] and edit.is_op(value.producer(), "Transpose"):
-                left -= 1
-            turns = reachable(Place(value, wanted), settled(axes), self.graph)
-            if turns is not None and (best is None or turns * _NEW + left <= best[0]):
-                best = turns * _NEW + left, value, axes
-        return best
-
-    def _write(
-        self,
-        end: tuple[int, ir.Value, Axes],
-        wanted: Axes,
-        inputs: Sequence[ir.Value | None],
-        attributes: dict[str, float | int],
-    ) -> None:
-        graph, (_, value, axes) = self.graph, end
-        node = value.producer()
-        assert node is not None
-        stale = [v for n in {*[e.producer() for e, _ in self.out], node} if n is not None for v in n.inputs]
-        if settled(wanted) == settled(axes):
-            graph.supersede(node, "Attention", inputs, attributes)
-        else:
-            made = graph.make(node, "Attention", inputs, attributes, like=value, shape=sizes(settled(wanted)))
-            last = arrange(Place(made, settled(wanted)), settled(axes), node, graph)
-            graph.bypass(node, last)
-        graph.sweep(stale)
-
-
-def place_turns(places: Sequence[Place], place: Place) -> int:
-    """How many of the model's transposes lie behind a place, and stay when it is read."""
-    return places[-1].turns - place.turns
+        if scores.cap:
+            attributes["softcap"] = scores.cap
+        if scores.upcast is not None and scores.upcast != dtype:
+            attributes["softmax_precision"] = int(scores.upcast)
+        return operands.write(plan, mask, attributes)
 
 
 def _flat(axes: Axes) -> Axis:
     return tuple(leaf for axis in axes for leaf in resolve(axis))
 
 
-def _onwards(node: ir.Node, axes: Axes, graph: Graph) -> list[tuple[ir.Value, Axes]]:
-    """The result of a product, and the views of it that alone are read."""
-    found = [(node.outputs[0], axes)]
-    while True:
-        value, current = found[-1]
-        try:
-            following = sole_reader(value)
-        except Refused:
-            return found
-        after = moved(following, current, graph)
-        if after is None or edit.is_op(following, "Identity"):
-            return found
-        found.append((following.outputs[0], after))
-
-
-ATTENTION = Rule({"attention": "Attention, with heads, scale, mask and repeated keys."}, ("Softmax",), recognise)
+ATTENTION = Rule(
+    {"attention": "Attention, with heads, scale, mask and repeated keys."}, ("Softmax", "Attention"), recognise
+)

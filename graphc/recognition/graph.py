@@ -24,11 +24,17 @@ class Graph(Rewriter):
         model: Changed in place by the rules.
         enabled: The names of the rules that may run.
         target: What the operators are emitted for.
+
+    Attributes:
+        missed: What came near and was left, with the reason, by rules that did something else there.
+        late: Whether something is now made after nodes that read it, so that nodes have to be sorted.
     """
 
     def __init__(self, model: ir.Model, enabled: frozenset[str], target: Capabilities) -> None:
         super().__init__(model, enabled)
         self.target = target
+        self.missed: list[tuple[ir.Node, str]] = []
+        self.late = False
         self.made: dict[tuple[object, ...], ir.Value] = {}
         self.constants: dict[tuple[ir.Graph | ir.Function | None, bytes], ir.Value] = {}
 
@@ -51,6 +57,10 @@ class Graph(Rewriter):
     @property
     def providers(self) -> Sequence[str]:
         return self.target.providers or ("CPUExecutionProvider",)
+
+    def near(self, node: ir.Node, reason: str) -> None:
+        """Record that something did not apply at a node where something else does."""
+        self.missed.append((node, reason))
 
     def note(self, value: ir.Value, like: ir.Value | None = None, shape: Shape | None = None) -> ir.Value:
         """Record the shape of a new value, and the dtype of another one."""

@@ -16,7 +16,7 @@ from graphc.rewrites.base import Refused
 from graphc.shapes.symbolic import Dim
 
 if TYPE_CHECKING:
-    from graphc.recognition.attention import Heads
+    from graphc.recognition.operator import Heads
 
 _INFINITE = -float("inf")
 

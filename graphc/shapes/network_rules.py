@@ -197,3 +197,29 @@ def _top_k(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
     k = items[0] if items is not None and len(items) == 1 else None
     shape = (*x.shape[:axis], facts.fresh() if k is None else k, *x.shape[axis + 1 :])
     return [Fact(x.dtype, shape), Fact(ir.DataType.INT64, shape)]
+
+
+@rule("Attention")
+def _attention(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
+    """The result, and keys and values with those of the past in front."""
+    shapes = [each.shape for each in inputs[:3]]
+    if len(shapes) < 3 or any(shape is None or len(shape) != len(shapes[0] or ()) for shape in shapes):
+        return [Fact(inputs[0].dtype)]
+    q, k, v = (shape or () for shape in shapes)
+    heads, fewer = attribute(node, "q_num_heads", 0), attribute(node, "kv_num_heads", 0)
+    if len(q) == 4:
+        result: Shape = (*q[:3], v[3])
+        present = [k, v]
+    else:
+        sizes = [symbolic.exact_quotient(width, fewer) if fewer else None for width in (k[2], v[2])]
+        if len(q) != 3 or not heads or not isinstance(sizes[1], int) or sizes[0] is None:
+            return [Fact(inputs[0].dtype)]
+        result = (q[0], q[1], heads * sizes[1])
+        present = [(k[0], fewer, k[1], sizes[0]), (v[0], fewer, v[1], sizes[1])]
+    if len(inputs) > 5:
+        for number, past in enumerate(each.shape for each in inputs[4:6]):
+            if past is not None and len(past) == 4:
+                b, h, t, d = present[number]
+                present[number] = (b, h, symbolic.add(past[2], t), d)
+    found = [Fact(inputs[0].dtype, result)]
+    return [*found, *(Fact(each.dtype, shape) for each, shape in zip(inputs[1:3], present, strict=True)), UNKNOWN]
