@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,21 @@ class Variant:
         name: What it is called in the results.
         ratio: The part that is removed, of what the experiment counts.
         recipe: The passes, as recipe text.
+        start: A kept model that it goes on from, ``EXPERIMENT/FILE.onnx``, see ``file``; the
+            uncompressed one then is what ``heal`` learns from. Without a recipe its quality is read, and no more.
+        calibration: Other data than the experiment's, if there is some.
     """
 
     name: str
     ratio: float
     recipe: str
+    start: str = ""
+    calibration: Sequence[Any] = ()
+
+    @property
+    def file(self) -> str:
+        """The name of its model, where models are kept."""
+        return f"{self.ratio:g}-{re.sub('[^a-z0-9]+', '-', self.name.lower())}.onnx"
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ An experiment is a model, its data and a list of variants, each a recipe; anothe
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
-import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,6 +32,9 @@ import tables
 from experiment import Array, Experiment, Variant, methods
 
 from graphc import pipeline, runtime
+from graphc.frontends import load
+from graphc.passes.heal import Heal
+from graphc.recipe import Recipe
 from graphc.runtime import timing
 
 ROOT = Path(__file__).parents[1]
@@ -127,6 +131,7 @@ EXPERIMENTS: dict[str, Callable[[Path], Experiment]] = {
     "fmnist_vit_tiny": lambda text: _fashion("fmnist_vit_tiny", "head,neuron"),
     "tiny_mixtral": _mixtral,
     "smollm2": quality_lm.width,
+    "smollm2_all_windows": quality_lm.everything,
     "smollm2_depth": quality_lm.depth,
 }
 
@@ -142,22 +147,49 @@ def prepared(experiment: Experiment, path: Path, known: Row) -> Row:
 def measure(experiment: Experiment, dense: Path, variant: Variant, path: Path) -> Row:
     """One row of the results, but for the latency; the model is written to ``path``."""
     start = time.perf_counter()
-    report = pipeline.optimize(
-        dense, path, recipe=variant.recipe, calibrate=experiment.calibration, measure=False, verify=False
-    )
+    if variant.start and not variant.recipe:
+        path.unlink(missing_ok=True)
+        path.symlink_to(_started(variant, path))
+    else:
+        compressed(experiment, dense, variant, path)
     took = time.perf_counter() - start
-    for each in report.passes:
-        for refusal in each.refusals:
-            print(f"    {each.name}: {refusal.reason} (x{refusal.count})")
     return {
         "variant": variant.name,
         "ratio": variant.ratio,
         "recipe": variant.recipe,
         "quality": experiment.quality(path),
-        "parameters": report.output["parameters"],
+        "parameters": sum(v.const_value.size for v in load(path).model.graph.initializers.values() if v.const_value),
         "latency": None,
         "seconds": round(took, 1),
     }
+
+
+def compressed(experiment: Experiment, dense: Path, variant: Variant, path: Path) -> None:
+    """Write the model of a variant, and say what was refused."""
+    source, passes = dense, Recipe.parse(variant.recipe).passes
+    if variant.start:
+        source = _started(variant, path)
+        passes = tuple(dataclasses.replace(p, teacher=dense) if isinstance(p, Heal) else p for p in passes)
+    report = pipeline.optimize(
+        source,
+        path,
+        recipe=Recipe(passes),
+        calibrate=variant.calibration or experiment.calibration,
+        measure=False,
+        verify=False,
+        cache=not variant.start,
+    )
+    for each in report.passes:
+        for line in (*each.changes, *(f"{r.reason} (x{r.count})" for r in each.refusals)):
+            print(f"    {each.name}: {line}")
+
+
+def _started(variant: Variant, path: Path) -> Path:
+    """The kept model that a variant goes on from."""
+    source = path.parents[1] / variant.start
+    if not source.exists():
+        sys.exit(f"{variant.name} goes on from {variant.start}, which was not kept")
+    return source.resolve()
 
 
 def timed(experiment: Experiment, dense: Path, path: Path, seconds: float) -> Row:
@@ -224,7 +256,7 @@ def main() -> None:
             for variant in experiment.variants:
                 if (a.only and variant.name not in a.only) or (a.ratio and variant.ratio not in a.ratio):
                     continue
-                path = folder / f"{variant.ratio:g}-{re.sub('[^a-z0-9]+', '-', variant.name.lower())}.onnx"
+                path = folder / variant.file
                 row = rows.get((variant.name, variant.ratio))
                 if not a.latency:
                     row = measure(experiment, dense, variant, path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import cache
 import numpy as np
@@ -41,9 +42,25 @@ DEPTH = {
 }
 
 
+BEST = "surgeon, per cost + ls"
+HEAL = "heal{minutes=10 learning-rate=0.0002 batch=2 hidden=0 precision=bfloat16}"
+"""Ten minutes on two cores; the original is the teacher, all of the calibration text is read."""
+
+
 def width(text: Path) -> Experiment:
     """Heads and neurons go, for parts of the blocks' parameters."""
-    return _smollm2(text, methods("params", "head,neuron", BLOCKS, (0.1, 0.2, 0.3), WIDTH), HELD_OUT)
+    found = methods("params", "head,neuron", BLOCKS, (0.1, 0.2, 0.3), WIDTH)
+    everything = windows(text / "text_calib.txt", EVERYTHING)
+    starts = {v.name: f"smollm2/{v.file}" for v in found if v.ratio == 0.2}
+    found += [Variant(f"{n}, healed", 0.2, HEAL, starts[n], everything) for n in ("flap", BEST)]
+    return _smollm2(text, found, HELD_OUT)
+
+
+def everything(text: Path) -> Experiment:
+    """Some of the same models, read on all of the held-out text."""
+    names = ("flap", "flap + ls", BEST, "flap, healed", f"{BEST}, healed")
+    variants = [Variant(n, 0.2, "", f"smollm2/{Variant(n, 0.2, '').file}") for n in names]
+    return _smollm2(text, variants, EVERYTHING)
 
 
 def depth(text: Path) -> Experiment:
@@ -52,16 +69,14 @@ def depth(text: Path) -> Experiment:
     return _smollm2(text, variants, HELD_OUT)
 
 
+def windows(file: Path, count: int) -> Sequence[Any]:
+    """The first windows of a text, as the model takes them."""
+    spec = data.Spec(str(file), tokenizer=cache.root() / "smollm2-hf", window=512, samples=count)
+    return list(data.load(spec, load(cache.model("smollm2-dynamo")).model))
+
+
 def _smollm2(text: Path, variants: Sequence[Variant], held: int) -> Experiment:
-    model = cache.model("smollm2-dynamo")
-    source = load(model).model
-    tokenizer = cache.root() / "smollm2-hf"
-
-    def windows(file: str, count: int) -> data.Samples:
-        spec = data.Spec(str(text / file), tokenizer=tokenizer, window=512, samples=count)
-        return data.load(spec, source)
-
-    held_out = list(windows("text_heldout.txt", held))
+    held_out = windows(text / "text_heldout.txt", held)
 
     def perplexity(path: Path) -> float:
         session = runtime.session(path, optimise=True)
@@ -75,9 +90,11 @@ def _smollm2(text: Path, variants: Sequence[Variant], held: int) -> Experiment:
         return math.exp(min(total / count, 700))
 
     sample = {name: array[:, :128] for name, array in held_out[0].items()}
-    calibration = list(windows("text_calib.txt", CALIBRATION))
+    calibration = windows(text / "text_calib.txt", CALIBRATION)
     about = (
         f"Perplexity is read on the first {len(held_out)} windows of 512 tokens of the held-out text; statistics and "
         f"gradients come from {len(calibration)} windows of the calibration text, for every method."
     )
-    return Experiment(model, "simplify,fuse", calibration, perplexity, "perplexity", sample, variants, about)
+    return Experiment(
+        cache.model("smollm2-dynamo"), "simplify,fuse", calibration, perplexity, "perplexity", sample, variants, about
+    )
