@@ -14,8 +14,8 @@ from experiment import Experiment, Variant, methods
 from graphc import data, runtime
 from graphc.frontends import load
 
-HELD_OUT, EVERYTHING = 16, 88
-"""Windows of 512 tokens of the held-out text that perplexity is read on: for most rows, and all there are."""
+FEW, HELD_OUT, EVERYTHING = 6, 16, 88
+"""Windows of 512 tokens of the held-out text that perplexity is read on: the fewest, for most rows, and all."""
 CALIBRATION = 32
 """Windows of the calibration text, of about 88."""
 
@@ -67,6 +67,11 @@ def depth(text: Path) -> Experiment:
     """Whole blocks go."""
     variants = [Variant(n, 0.1, f"drop-blocks{{ratio=0.1 {options}}},shrink") for n, options in DEPTH.items()]
     return _smollm2(text, variants, HELD_OUT)
+
+
+def short(text: Path) -> Experiment:
+    """Without variants, on few windows."""
+    return _smollm2(text, (), FEW)
 
 
 def windows(file: Path, count: int) -> Sequence[Any]:

