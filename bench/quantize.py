@@ -35,8 +35,9 @@ Row = dict[str, Any]
 GRAPHC = {
     "graphc int8 weights": "quantize",
     "graphc int8 dynamic": "quantize{scheme=dynamic}",
-    "graphc int8 static": "quantize{scheme=static activations=mse correct=true}",
-    "graphc int8 static, full range": "quantize{scheme=static activations=mse correct=true full-range=true}",
+    "graphc int8 static": "quantize{scheme=static rounding=gptq correct=true}",
+    "graphc int8 static, nearest": "quantize{scheme=static activations=mse correct=true}",
+    "graphc int8 static, full range": "quantize{scheme=static rounding=gptq correct=true full-range=true}",
     "graphc int4/32": "quantize{bits=4 block=32 clip=mse}",
     "graphc int4/128": "quantize{bits=4 block=128}",
     "graphc int4/32 gptq": "quantize{bits=4 block=32 rounding=gptq clip=mse}",

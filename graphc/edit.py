@@ -183,6 +183,14 @@ def initializer(graph: ir.Graph, data: Array | ir.TensorProtocol, name: str) -> 
     return value
 
 
+def drop_unused(value: ir.Value | None) -> None:
+    """Take an initializer out of its graph if nothing reads it any more and it is no input or output."""
+    if value is None or value.uses() or not value.is_initializer():
+        return
+    if value.graph is not None and not (value.is_graph_input() or value.is_graph_output()):
+        value.graph.initializers.pop(value.name or "")
+
+
 def replace(old: ir.Value, new: ir.Value) -> bool:
     """Let every reader of ``old`` read ``new``; graph outputs keep their names.
 

@@ -19,6 +19,7 @@ from graphc.quantization import (
     allocation,
     correction,
     dynamic,
+    guard,
     rounding,
     scaling,
     sensitivity,
@@ -37,8 +38,8 @@ from graphc.stats import RangeOf, Request
 MEASURED = 64 << 20
 """Bytes of constants up to which sensitivities are measured at the model's outputs."""
 
-SHORT = 16
-"""Inputs of an output from which GPTQ is worth its time; depthwise convolutions have less."""
+SHORT = 4
+"""Inputs of an output from which the later ones can make up for what GPTQ does to the earlier."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Quantize(Pass):
     sensitivity: Literal["auto", "outputs", "layers"] = option(
         "auto", "How layers are ranked: measured at the model's outputs, or estimated at their own; auto: by size."
     )
-    least: int = option(1024, "Elements from which a weight is quantized.")
+    least: int = option(1024, "Elements from which a weight is quantized; scheme=static takes all.")
     kinds: tuple[str, ...] = option(KINDS, "The operators whose weights are looked at; Gather for embeddings.")
     include: tuple[str, ...] = option((), "Patterns of weight or node names to look at; all if none is given.")
     exclude: tuple[str, ...] = option((), "Patterns of weight or node names to leave alone.")
@@ -199,7 +200,8 @@ class Quantize(Pass):
     # What is quantized, and how.
 
     def _sites(self, model: ir.Model, result: PassResult) -> list[Site]:
-        return sites.find(model, self.kinds, self.include, self.exclude, self.least, result)
+        least = 0 if self.scheme == "static" else self.least
+        return sites.find(model, self.kinds, self.include, self.exclude, least, result)
 
     def _way(self, site: Site, bits: int) -> Way | None:
         """How a weight is quantized with these bits; 0 leaves it."""
@@ -381,6 +383,9 @@ class Quantize(Pass):
                     what += ", multiplied in integers"
                 result.change(what)
         if planned is not None:
+            result.change(
+                "weight kept in 16 bits, since ONNX Runtime would round it", guard.keep(model, planned, names)
+            )
             result.change("activation quantized", static.quantize(model, planned, scales, names))
         if self.scheme == "weights":
             result.change("Relu written as Max, before which products are with codes", store.spare_relus(model, names))

@@ -425,6 +425,32 @@ def test_gptq_of_convolutions_and_layer_after_layer() -> None:
     assert errors["gptq"] < errors["nearest"]
 
 
+@pytest.mark.parametrize("seen", [0, 40])
+def test_gptq_keeps_weights_of_inputs_that_calibration_never_had(seen: int) -> None:
+    """Other data may have them; and an expert may never have been picked."""
+    model = build("y = MatMul(x, w)", "float[N,64] x", "float[N,48] y", w=normal(64, 48))
+    data = [{"x": np.concatenate([normal(20, seen), np.zeros((20, 64 - seen), np.float32)], axis=1)}]
+    for rounded in ("nearest", "gptq"):
+        one = model.clone()
+        quantized(one, context(data), bits=4, rounding=rounded)
+        got = run(one, x=np.eye(64, dtype=np.float32))["y"]
+        error = np.abs(got - held(model, "w"))[seen:]
+        assert (error < np.abs(held(model, "w")).max(axis=0) / 7).all()
+
+
+def test_gptq_of_depthwise_convolutions_changes_outputs_less_than_nearest() -> None:
+    model = build(
+        "y = Conv<pads=[1,1,1,1],group=16>(x, w)", "float[N,16,8,8] x", "float[N,16,8,8] y", w=normal(16, 1, 3, 3)
+    )
+    samples = [{"x": np.maximum(normal(4, 16, 8, 8, seed=i), 0)} for i in range(4)]
+    want, errors = run(model, **samples[0])["y"], []
+    for rounded in ("nearest", "gptq"):
+        one = model.clone()
+        quantized(one, context(samples), bits=4, rounding=rounded)
+        errors.append(float(np.square(run(one, **samples[0])["y"] - want).sum()))
+    assert errors[1] < 0.95 * errors[0]
+
+
 def test_biases_make_up_for_the_means() -> None:
     samples = [{"x": sample["x"] + 3} for sample in pictures()]
     shifts = []
@@ -647,6 +673,28 @@ def test_full_range_needs_a_session_option_and_less_does_not(tmp_path: Path) -> 
         folder.mkdir()
         assert OnnxRuntime().emit(model, folder)["session_options"] == wanted
         assert any("x64quantprecision" in note for note in result.notes) is full
+
+
+def test_layers_that_are_left_out_stay_precise_in_onnx_runtime() -> None:
+    """Its own optimiser would round their weights with one scale for all."""
+    v = normal(16, 16, 3, 3, seed=2)
+    v[0] *= 100
+    model = build(
+        "a = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(a) s = Conv<pads=[1,1,1,1]>(r, v, c) u = Relu(s) y = Conv(u, z, d)",
+        "float[N,3,8,8] x",
+        "float[N,4,8,8] y",
+        w=normal(16, 3, 3, 3),
+        b=normal(16),
+        v=v,
+        c=normal(16, seed=2),
+        z=normal(4, 16, 1, 1) * (np.arange(16) > 0).astype(np.float32).reshape(16, 1, 1),
+        d=normal(4),
+    )
+    result = quantized(model, context(pictures()), scheme="static", exclude=("v",))
+    assert any(change.startswith("weight kept in 16 bits") for change in result.changes)
+    sample = pictures(1)[0]
+    plain, fused = (run(model, optimise, **sample)["y"] for optimise in (False, True))
+    assert np.abs(fused - plain).max() < 0.05 * np.abs(plain).max()
 
 
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "entropy"])

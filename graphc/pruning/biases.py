@@ -38,7 +38,9 @@ def add_bias(node: ir.Node, bias: Array, names: edit.Names) -> None:
     elif held is not None and scale:
         total = (held.astype(np.float64) + channels / scale).astype(held.dtype)
         name = names.fresh(f"{node.inputs[2].name}.folded")
+        old = node.inputs[2]
         node.replace_input_with(2, edit.initializer(_root(graph), total, name))
+        edit.drop_unused(old)
     else:
         _insert_add(node, edit.initializer(_root(graph), bias.astype(dtype), names.fresh(f"{out.name}.bias")), names)
 

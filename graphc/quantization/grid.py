@@ -18,8 +18,8 @@ CLIPS = np.linspace(1.0, 0.5, 26)
 TURNED = 4
 """Bits up to which a symmetric grid may be turned around for the code that only one side has."""
 
-_SIGNED = {2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8}
-_UNSIGNED = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
+_SIGNED = {2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8, 16: ir.DataType.INT16}
+_UNSIGNED = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8, 16: ir.DataType.UINT16}
 _FLOATS = {"float8e4m3fn": ir.DataType.FLOAT8E4M3FN, "float8e5m2": ir.DataType.FLOAT8E5M2}
 OPSETS = {ir.DataType.INT2: 25, ir.DataType.UINT2: 25}
 """The opset in which DequantizeLinear came to take a dtype, where that is after 21."""
@@ -30,8 +30,8 @@ class Grid:
     """What codes there are, and what they stand for: ``(code - zero) * scale``.
 
     Attributes:
-        bits: 2 to 8. Codes of 3 bits are stored in 4, of 5 to 7 in 8; 7 bits are what pairs of products with 8-bit
-            activations can be added of in 16 bits.
+        bits: 2 to 8, or 16. Codes of 3 bits are stored in 4, of 5 to 7 in 8; 7 bits are what pairs of products with
+            8-bit activations can be added of in 16 bits.
         symmetric: Whether the zero point is 0 and codes have a sign; else codes are from 0 on.
         form: ``int``, or an 8-bit float, which is symmetric.
     """
@@ -45,7 +45,7 @@ class Grid:
         """What codes are stored in."""
         if self.form != "int":
             return _FLOATS[self.form]
-        held = 2 if self.bits == 2 else 4 if self.bits <= 4 else 8
+        held = next(width for width in _SIGNED if self.bits <= width)
         return (_SIGNED if self.symmetric else _UNSIGNED)[held]
 
     @property

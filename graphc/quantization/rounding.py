@@ -158,23 +158,35 @@ def gptq(
     ]
     weights, scales, zeros = (use.matrices(each) for each in (array, *spread))
     new = np.empty_like(weights)
-    for i, weight in enumerate(weights):
-        products = gram[min(i, len(gram) - 1)]
-        columns = np.argsort(-np.diagonal(products), kind="stable") if order else np.arange(weight.shape[1])
-        projector = Rounded(grid, scales[i][:, columns], zeros[i][:, columns])
-        swept = sweep(weight[:, columns], products[np.ix_(columns, columns)], projector, damp=damp, block=BLOCK)
-        back = np.empty_like(columns)
-        back[columns] = np.arange(len(columns))
-        found = grid.codes(swept[:, back].astype(np.float32), scales[i], zeros[i])
-        plain = grid.codes(weight, scales[i], zeros[i])
-        losses = []
-        for codes in (found, plain):
-            error = weight - (codes - zeros[i]) * scales[i]
-            losses.append(np.einsum("ij,ij->i", error @ products, error))
-        new[i] = np.where((losses[1] < losses[0])[:, None], plain, found)
+    step = max(1, PIECE // gram.shape[-1] ** 2)
+    for at in range(0, len(weights), step):
+        piece = slice(at, at + step)
+        products = gram[piece] if len(gram) > 1 else gram
+        new[piece] = _swept(weights[piece], products, grid, scales[piece], zeros[piece], order, damp)
     codes = _room(array.shape, grid)
     codes[...] = use.restored(new).astype(codes.dtype)
     return _made(codes, scale, zero, held, grid, granularity)
+
+
+def _swept(weights: Array, products: Array, grid: Grid, scales: Array, zeros: Array, order: bool, damp: float) -> Array:
+    """Codes of some matrices, ``(groups, outputs, columns)``, each with its own Gram matrix or all with one."""
+    # A column whose input was always zero is rounded for itself: other data may have one.
+    diagonal = np.diagonal(products, axis1=1, axis2=2)
+    mean = diagonal.mean(axis=1, keepdims=True)
+    unseen = np.where(diagonal == 0, np.where(mean > 0, mean, 1.0), 0.0)
+    products = products + unseen[..., None] * np.eye(products.shape[-1])
+    diagonal = diagonal + unseen
+    columns = np.argsort(-diagonal, axis=1, kind="stable") if order else np.arange(diagonal.shape[1])[None]
+    turned = np.take_along_axis(np.take_along_axis(products, columns[:, None], 2), columns[..., None], 1)
+    w, s, z = (np.take_along_axis(each, columns[:, None], 2) for each in (weights, scales, zeros))
+    swept = sweep(w, turned, Rounded(grid, s, z), damp=damp, block=BLOCK)
+    swept = np.take_along_axis(swept, np.argsort(columns, axis=1)[:, None], 2)
+    found, plain = (grid.codes(each, scales, zeros) for each in (swept, weights))
+    losses = []
+    for codes in (found, plain):
+        error = weights - (codes - zeros) * scales
+        losses.append(((error @ products) * error).sum(axis=2))
+    return np.where((losses[1] < losses[0])[..., None], plain, found)
 
 
 class Rounded:
@@ -182,8 +194,8 @@ class Rounded:
 
     Args:
         grid: The grid.
-        scale: ``(outputs, columns)``.
-        zero: ``(outputs, columns)``.
+        scale: ``(..., outputs, columns)``.
+        zero: ``(..., outputs, columns)``.
     """
 
     def __init__(self, grid: Grid, scale: Array, zero: Array) -> None:
@@ -193,7 +205,7 @@ class Rounded:
         """Nothing is chosen."""
 
     def column(self, index: int, weights: Array, diagonal: Array) -> Array:
-        return self._grid.rounded(weights[:, 0], self._scale[:, index], self._zero[:, index])
+        return self._grid.rounded(weights[..., 0], self._scale[..., index], self._zero[..., index])
 
 
 def _room(shape: tuple[int, ...], grid: Grid) -> Array:

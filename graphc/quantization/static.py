@@ -118,6 +118,15 @@ def _end(value: ir.Value) -> ir.Value:
     return value
 
 
+def between(node: ir.Node, planned: Plan) -> bool:
+    """Whether a node reads and makes planned values, perhaps through a Relu or Clip."""
+    value = node.inputs[0]
+    if value is None or value not in planned.readers or len(node.outputs) != 1:
+        return False
+    readers = planned.readers[value]
+    return (readers is None or node in readers) and _end(node.outputs[0]) in planned.readers
+
+
 def quantize(model: ir.Model, planned: Plan, scales: Scales, names: edit.Names) -> int:
     """Put Q/DQ behind the planned values; returns how many."""
     for value in planned.values:
@@ -249,6 +258,7 @@ def _bias(node: ir.Node, bias: ir.Value, scale: Array, names: edit.Names) -> Non
     made = ir.node("DequantizeLinear", stored, {"axis": 0}, outputs=[value], name=value.name)
     graph.insert_before(node, made)
     node.replace_input_with(2, value)
+    edit.drop_unused(bias)
 
 
 def inputs(sites: Iterable[Site]) -> set[str]:

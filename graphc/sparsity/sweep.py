@@ -45,51 +45,54 @@ class Projector(Protocol):
 def sweep(weight: Array, gram: Array, projector: Projector, *, damp: float = 0.01, block: int = BLOCK) -> Array:
     """Project the columns of a weight one after the other, each time letting the later ones make up for it.
 
+    Matrices with leading axes are done at once, each with its own Gram matrix.
+
     Args:
-        weight: ``(outputs, columns)``.
-        gram: ``(columns, columns)``, sums or means of the products of the inputs.
+        weight: ``(..., outputs, columns)``.
+        gram: ``(..., columns, columns)``, sums or means of the products of the inputs.
         projector: What columns become.
         damp: What is added to the diagonal of the Gram matrix, as a part of its mean.
         block: Columns in a block.
 
     Returns:
-        The new weight, float64. Columns whose input is always zero are zero.
+        The new weight, in the weight's dtype. Columns whose input is always zero are zero.
 
     Raises:
         BadInput: The Gram matrix cannot be factorised with any reasonable damping.
     """
-    w = weight.astype(np.float64)
-    h = np.array(gram, dtype=np.float64)
-    dead = np.diagonal(h) == 0
-    h[dead, dead] = 1.0
-    w[:, dead] = 0.0
-    factor = inverse_factor(h, damp)
-    count = w.shape[1]
+    dtype = np.promote_types(weight.dtype, np.float32)
+    dead = np.diagonal(gram, axis1=-2, axis2=-1) == 0
+    w = np.where(dead[..., None, :], 0, weight).astype(dtype)
+    factor = inverse_factor(gram + dead[..., None] * np.eye(gram.shape[-1]), damp).astype(dtype)
+    count = w.shape[-1]
     for start in range(0, count, block):
         end = min(start + block, count)
-        part = w[:, start:end]
-        u = factor[start:end, start:end]
-        diagonal = np.diagonal(u)
+        part = np.ascontiguousarray(w[..., start:end])
+        u = factor[..., start:end, start:end]
+        diagonal = np.diagonal(u, axis1=-2, axis2=-1)
         projector.begin(start, part, diagonal)
         errors = np.empty_like(part)
         for i in range(end - start):
-            new = projector.column(start + i, part[:, i:], diagonal[i:])
-            errors[:, i] = (part[:, i] - new) / u[i, i]
-            part[:, i:] -= np.outer(errors[:, i], u[i, i:])
-            part[:, i] = new
-        w[:, end:] -= errors @ factor[start:end, end:]
+            new = projector.column(start + i, part[..., i:], diagonal[..., i:])
+            errors[..., i] = (part[..., i] - new) / u[..., i, i, None]
+            part[..., i:] -= errors[..., i, None] * u[..., i, None, i:]
+            part[..., i] = new
+        w[..., start:end] = part
+        w[..., end:] -= errors @ factor[..., start:end, end:]
     return w
 
 
 def inverse_factor(gram: Array, damp: float) -> Array:
     """The upper ``U`` with ``UT U`` the inverse of the damped Gram matrix; more is added where that is too little."""
-    mean = float(np.mean(np.diagonal(gram))) or 1.0
-    eye = np.eye(len(gram))
+    gram = np.asarray(gram, dtype=np.float64)
+    mean = np.diagonal(gram, axis1=-2, axis2=-1).mean(axis=-1)[..., None, None]
+    mean = np.where(mean > 0, mean, 1.0)
+    eye = np.eye(gram.shape[-1])
     for more in (damp, 10 * damp, 100 * damp, 1.0):
         try:
-            lower = np.linalg.cholesky(gram + more * mean * eye)
-            inverse = np.linalg.solve(lower, eye)
-            return np.linalg.cholesky(inverse.T @ inverse).T
+            # The inverse's upper factor is that of the matrix turned around, inverted and turned back.
+            lower = np.linalg.cholesky((gram + more * mean * eye)[..., ::-1, ::-1])
+            return np.asarray(np.linalg.inv(lower)[..., ::-1, ::-1])
         except np.linalg.LinAlgError:
             continue
     raise BadInput("the statistics of a layer's input cannot be used", why="their Gram matrix is not positive")
