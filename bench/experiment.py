@@ -20,10 +20,11 @@ class Variant:
     Attributes:
         name: What it is called in the results.
         ratio: The part that is removed, of what the experiment counts.
-        recipe: The passes, as recipe text.
+        recipe: The passes, as recipe text; "" for a peer.
         start: A kept model that it goes on from, ``EXPERIMENT/FILE.onnx``, see ``file``; the
             uncompressed one then is what ``heal`` learns from. Without a recipe its quality is read, and no more.
         calibration: Other data than the experiment's, if there is some.
+        peer: The arguments of ``bench/torch_fashion.py``, but for the output, instead.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Variant:
     recipe: str
     start: str = ""
     calibration: Sequence[Any] = ()
+    peer: Sequence[str] = ()
 
     @property
     def file(self) -> str:

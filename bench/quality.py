@@ -1,13 +1,14 @@
 """What compression costs and what it brings: quality on held-out data beside the latency under ONNX Runtime.
 
-    python bench/quality.py [NAME...] [--text FOLDER] [--only VARIANT] [--ratio R] [--keep FOLDER]
+    python bench/quality.py [NAME...] [--text FOLDER] [--torch PYTHON] [--only VARIANT] [--ratio R] [--keep FOLDER]
     python bench/quality.py [NAME...] [--text FOLDER] --keep FOLDER --latency
 
 An experiment is a model, its data and a list of variants, each a recipe; another is added as a function in
 ``EXPERIMENTS``. Calibration reads calibration data only, and quality is read on held-out data. Language models read
 ``text_calib.txt`` and ``text_heldout.txt`` of the folder given with ``--text``. Results are kept in
-``bench/results/quality.json``, a row for each variant; ``bench/results/quality.md`` is made from it. With
-``--latency`` the models that an earlier run kept are timed, which wants a quiet machine.
+``bench/results/quality.json``, a row for each variant; ``bench/results/quality.md`` is made from it. Rows of
+Torch-Pruning are made by the interpreter given with ``--torch``, which has it, torch and onnxscript. With ``--latency``
+the models that an earlier run kept are timed, which wants a quiet machine.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import dataclasses
 import json
 import math
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,11 +29,13 @@ from typing import Any
 import cache
 import numpy as np
 import process
+import quality_encoder
+import quality_images
 import quality_lm
 import tables
-from experiment import Array, Experiment, Variant, methods
+from experiment import Array, Experiment, Variant
 
-from graphc import pipeline, runtime
+from graphc import flops, pipeline, runtime
 from graphc.frontends import load
 from graphc.passes.heal import Heal
 from graphc.recipe import Recipe
@@ -40,56 +44,6 @@ from graphc.runtime import timing
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "quality.json"
 Row = dict[str, Any]
-
-IMAGES = {
-    "random": "criterion=random",
-    "magnitude": "criterion=l2",
-    "magnitude, global": "criterion=l2 allocate=global",
-    "taylor": "criterion=taylor allocate=global",
-    "flap": "criterion=flap allocate=global compensate=mean",
-    "flap + ls": "criterion=flap allocate=global compensate=ls",
-    "wanda + ls": "criterion=wanda compensate=ls",
-    "obs + ls": "criterion=obs compensate=ls",
-    "obs, per cost + ls": "criterion=obs allocate=per-cost compensate=ls",
-    "obs, knapsack + ls": "criterion=obs allocate=knapsack compensate=ls",
-    "obs, evolution + ls": "criterion=obs allocate=evolution compensate=ls",
-    "obs + ls, sequential": "criterion=obs compensate=ls sequential=true",
-}
-
-
-HEALED = {
-    "magnitude, healed": "criterion=l2",
-    "flap + ls, healed": "criterion=flap allocate=global compensate=ls",
-    "obs, per cost + ls, healed": "criterion=obs allocate=per-cost compensate=ls",
-}
-"""What is healed afterwards: 200 steps on the calibration images, with their labels."""
-
-
-def _fashion(name: str, kinds: str) -> Experiment:
-    """A model of Fashion-MNIST: accuracy on 1000 test images, at parts of the FLOPs."""
-    with np.load(ROOT / "tests" / "data" / "fashion_mnist_2k.npz") as stored:
-        arrays = {key: stored[key] for key in stored.files}
-
-    def images(key: str) -> Array:
-        return ((arrays[key].astype(np.float32) / 255 - 0.286) / 0.353)[:, None]
-
-    calibration = [
-        ({"image": images("calib_x")[i : i + 50]}, arrays["calib_y"][i : i + 50].astype(np.int64))
-        for i in range(0, 1000, 50)
-    ]
-    test, labels = images("test_x"), arrays["test_y"]
-
-    def accuracy(path: Path) -> float:
-        session = runtime.session(path, optimise=True, threads=1)
-        found = [session.run({"image": test[i : i + 100]})["logits"].argmax(axis=1) for i in range(0, 1000, 100)]
-        return float((np.concatenate(found) == labels).mean())
-
-    variants = methods("flops", kinds, 1.0, (0.3, 0.5), IMAGES)
-    variants += methods("flops", kinds, 1.0, (0.3, 0.5), HEALED, "shrink,heal")
-    sample = {"image": test[:32]}
-    model = ROOT / "tests" / "data" / f"{name}.onnx"
-    return Experiment(model, "simplify,fuse", calibration, accuracy, "accuracy", sample, variants)
-
 
 EXPERTS = {
     "random experts": "prune{kinds=[expert] ratio=0.25 criterion=random},shrink",
@@ -127,8 +81,9 @@ def _mixtral(text: Path) -> Experiment:
 
 
 EXPERIMENTS: dict[str, Callable[[Path], Experiment]] = {
-    "fmnist_resnet": lambda text: _fashion("fmnist_resnet", "channel"),
-    "fmnist_vit_tiny": lambda text: _fashion("fmnist_vit_tiny", "head,neuron"),
+    "fmnist_resnet": quality_images.resnet,
+    "fmnist_vit_tiny": quality_images.vit,
+    "minilm": quality_encoder.reverse_dictionary,
     "tiny_mixtral": _mixtral,
     "smollm2": quality_lm.width,
     "smollm2_all_windows": quality_lm.everything,
@@ -139,15 +94,26 @@ EXPERIMENTS: dict[str, Callable[[Path], Experiment]] = {
 def prepared(experiment: Experiment, path: Path, known: Row) -> Row:
     """Write the model after its exact passes, and say what it is, as far as the entry ``known`` does not."""
     report = pipeline.optimize(experiment.model, path, recipe=experiment.prepare, measure=False)
+    counted = {"parameters": report.output["parameters"], "flops": operations(path)}
     if experiment.about and experiment.about == known.get("about") and "dense" in known:
-        return known["dense"]  # type: ignore[no-any-return]
-    return {"parameters": report.output["parameters"], "quality": experiment.quality(path)}
+        return known["dense"] | counted  # type: ignore[no-any-return]
+    return counted | {"quality": experiment.quality(path)}
 
 
-def measure(experiment: Experiment, dense: Path, variant: Variant, path: Path) -> Row:
+def operations(path: Path) -> int:
+    """FLOPs of a file, as ``graphc inspect`` counts them: every dynamic dimension 1."""
+    return sum(flops.node_flops(node) for node in flops.bind(load(path).model).graph)
+
+
+def measure(experiment: Experiment, dense: Path, variant: Variant, path: Path, torch: str) -> Row:
     """One row of the results, but for the latency; the model is written to ``path``."""
     start = time.perf_counter()
-    if variant.start and not variant.recipe:
+    if variant.peer:
+        exported = path.with_suffix(".exported.onnx")
+        subprocess.run([torch, ROOT / "bench" / "torch_fashion.py", *variant.peer, exported], check=True)
+        pipeline.optimize(exported, path, recipe=experiment.prepare, measure=False)
+        exported.unlink()
+    elif variant.start and not variant.recipe:
         path.unlink(missing_ok=True)
         path.symlink_to(_started(variant, path))
     else:
@@ -159,6 +125,7 @@ def measure(experiment: Experiment, dense: Path, variant: Variant, path: Path) -
         "recipe": variant.recipe,
         "quality": experiment.quality(path),
         "parameters": sum(v.const_value.size for v in load(path).model.graph.initializers.values() if v.const_value),
+        "flops": operations(path),
         "latency": None,
         "seconds": round(took, 1),
     }
@@ -226,6 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"experiments: {', '.join(EXPERIMENTS)}")
     parser.add_argument("--text", type=Path, metavar="FOLDER", help="text_calib.txt and text_heldout.txt")
+    parser.add_argument("--torch", default="", metavar="PYTHON", help="interpreter with Torch-Pruning")
     parser.add_argument("--only", action="append", default=[], metavar="VARIANT", help="only these variants")
     parser.add_argument("--ratio", action="append", type=float, default=[], help="only these ratios")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the models there")
@@ -239,7 +207,10 @@ def main() -> None:
         if name.startswith("smollm2") and not cache.model("smollm2-dynamo").exists():
             print(f"skipping {name}: it needs bench/torch_models.py smollm2-dynamo")
             continue
-        if a.text is None and not name.startswith("fmnist"):
+        if name == "minilm" and not cache.model("minilm-dynamo").exists():
+            print(f"skipping {name}: it needs bench/torch_models.py minilm-dynamo")
+            continue
+        if a.text is None and name not in ("fmnist_resnet", "fmnist_vit_tiny", "minilm"):
             print(f"skipping {name}: it needs --text")
             continue
         experiment = EXPERIMENTS[name](a.text)
@@ -256,10 +227,13 @@ def main() -> None:
             for variant in experiment.variants:
                 if (a.only and variant.name not in a.only) or (a.ratio and variant.ratio not in a.ratio):
                     continue
+                if variant.peer and not (a.torch or a.latency):
+                    print(f"  {variant.ratio:.2f} {variant.name:32} needs --torch")
+                    continue
                 path = folder / variant.file
                 row = rows.get((variant.name, variant.ratio))
                 if not a.latency:
-                    row = measure(experiment, dense, variant, path)
+                    row = measure(experiment, dense, variant, path, a.torch)
                 elif row is None or not path.exists():
                     print(f"  {variant.ratio:.2f} {variant.name:32} was not kept")
                     continue

@@ -394,13 +394,14 @@ def quality_page(results: Row) -> str:
                 f"{row['ratio']:.0%}",
                 f"{row['quality']:.4g}",
                 f"{row['parameters'] / dense['parameters']:.2f}",
+                f"{row['flops'] / dense['flops']:.2f}" if "flops" in row and "flops" in dense else "",
                 "" if row["latency"] is None else f"{row['latency']:.2f}",
                 row.get("load", ""),
                 f"{row['seconds']:.0f}",
             ]
             for row in found["rows"]
         ]
-        header = ["method", "removed", metric, "parameters", "latency", "load", "seconds"]
+        header = ["method", "removed", metric, "parameters", "FLOPs", "latency", "load", "seconds"]
         dense_text = f"Dense: {metric} {dense['quality']:.4g}, {dense['parameters']:,} parameters."
         about = [found["about"], ""] if found.get("about") else []
         lines += [f"## {name}", "", f"{dense_text} {found['machine']}.", "", *about, table(header, rows), ""]

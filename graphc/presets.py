@@ -42,7 +42,7 @@ UNCALIBRATED = (
 )
 
 _CPU = "CPUExecutionProvider"
-_PRUNE = "prune{{ratio=0.3 of={of} criterion=obs{more} compensate=ls multiple-of=auto}}"
+_PRUNE = "prune{{ratio=0.3 of={of} criterion=obs{more} compensate=ls}}"
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ LIKED = {"channel": 8, "neuron": 16, "width": 16, "head_dim": 8, "rank": 8}
 """Multiples that a CPU's kernels like, by kind: its vectors hold 8 floats, its matrix kernels step by 16."""
 LIKED_CUDA = dict.fromkeys(LIKED, 64)
 """The same for tensor cores, whose tiles are 64 wide."""
+STEPS = 4
+"""A group has at least so many sizes to choose from: a liked multiple of more than a quarter of it is halved."""
 
 BACKOFF = (0.75, 0.5, 0.35, 0.2, 0.1)
 """Parts of the ratio that the gate tries when the full one costs too much."""
@@ -95,9 +97,10 @@ class Prune(Pass):
     min_keep: int = option(1, "Units that every group keeps at least.")
     allow_interface: bool = option(False, "Whether graph inputs and outputs (KV caches, embeddings) may get narrower.")
     multiple_of: int | Literal["auto"] = option(
-        1, "Groups keep a multiple of this many units; 'auto' is what the target's kernels like."
+        "auto",
+        "Groups keep a multiple of this many units; 'auto' is what the target's kernels like, less where groups are "
+        "small: odd sizes can be slower than whole ones.",
     )
-
     norms: bool = option(
         False, "Also width that a LayerNorm or GroupNorm averages over; only narrow-norm can cut it then."
     )
@@ -249,11 +252,19 @@ class Prune(Pass):
         setting = Setting(groups, chosen, scores, unit_costs, ctx, self.ratio, cost, limits, probe)
         removed = allocation.allocate(chosen, order.levels(setting), self.ratio, cost, limits)
         keep = allocation.masks(chosen, scores, removed)
-        reached = 1 - cost(removed) / cost({}) if cost({}) else 0.0
-        if reached < self.ratio - 0.01:
+        reached, possible = (
+            1 - cost(counts) / cost({}) if cost({}) else 0.0
+            for counts in (removed, {g.name: g.size - limits[g.name].kept(g.size, 0) for g in chosen})
+        )
+        if possible < self.ratio - 0.01:
             result.refuse(
                 "prune",
                 f"only {reached:.1%} of the {self.of} can go: what is left is fixed, excluded, or kept by limits",
+            )
+        elif abs(reached - self.ratio) > 0.01:
+            result.refuse(
+                "prune",
+                f"{reached:.1%} of the {self.of} went: groups keep multiples of units (multiple-of=1 comes nearer)",
             )
         for group in chosen:
             if limits[group.name].least > 1 and group.size - removed.get(group.name, 0) == limits[group.name].least:
@@ -287,6 +298,8 @@ class Prune(Pass):
         if self.multiple_of == "auto":
             liked = LIKED_CUDA if "CUDAExecutionProvider" in ctx.target.providers else LIKED
             wanted = liked.get(group.kind, 1)
+            while wanted * STEPS > group.size and wanted > 1:
+                wanted //= 2
         else:
             wanted = self.multiple_of
         return int(np.lcm(wanted, max(group.multiple_of, 1)))

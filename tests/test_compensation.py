@@ -115,9 +115,9 @@ def outputs(model: ir.Model, x: np.ndarray) -> np.ndarray:
 
 
 def pruned(model: ir.Model, x: np.ndarray, **options: Any) -> tuple[ir.Model, list[str]]:
-    """A pruned copy and what was refused."""
+    """A pruned copy and what was refused; budgets are met to one unit unless ``multiple_of`` is given."""
     copy = model.clone()
-    each = Prune(**options)
+    each = Prune(**{"multiple_of": 1} | options)
     collector = Collector([{"x": x}])
     wanted = each.needs(copy)
     context = Context(

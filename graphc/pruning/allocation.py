@@ -41,6 +41,11 @@ class Limits:
         kept = max(wanted, self.least, 1)
         return min(size, math.ceil(kept / self.multiple) * self.multiple)
 
+    def below(self, kept: int) -> int:
+        """The largest allowed number of units that is less than ``kept``; 0 for none."""
+        less = (kept - 1) // self.multiple * self.multiple
+        return less if less >= max(self.least, 1) else 0
+
 
 class Cost:
     """What a model costs as a function of the units that are kept, in one measure.
@@ -185,10 +190,34 @@ def allocate(
         else:
             low = middle + 1
     chosen = removed(low)
-    if low and abs(cost(before := removed(low - 1)) - target) < abs(cost(chosen) - target):
-        # One more unit overshoots by more than this falls short.
-        chosen = before
+    if low:
+        following = [groups[i] for i in owner[low - 1 :].tolist()]
+        short = _filled(removed(low - 1), following, target, cost, limits)
+        if abs(cost(short) - target) < abs(cost(chosen) - target):
+            # One more unit overshoots by more than this falls short.
+            chosen = short
     return chosen
+
+
+def _filled(
+    removed: dict[str, int],
+    following: Sequence[Group],
+    target: float,
+    cost: Callable[[Mapping[str, int]], float],
+    limits: Mapping[str, Limits],
+) -> dict[str, int]:
+    """What falls short of a target by less than the next group's step, with those steps of others that still fit."""
+    full: set[str] = set()
+    for group in following:
+        if group.name in full:
+            continue
+        less = limits[group.name].below(group.size - removed[group.name])
+        more = removed | {group.name: group.size - less} if less else removed
+        if more is removed or cost(more) < target * (1 - 1e-9):
+            full.add(group.name)
+        else:
+            removed = more
+    return removed
 
 
 def masks(groups: Sequence[Group], scores: Mapping[str, Array], removed: Mapping[str, int]) -> Keep:
