@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -41,28 +41,37 @@ class OnnxRuntime(Backend):
 
     def emit(self, model: ir.Model, folder: Path, *, progress: Progress = no_progress) -> Mapping[str, Any]:
         from graphc import model as models
-        from graphc.storage.portable import portable
 
-        models.save(portable(model, self.capabilities()), folder / MODEL)
+        models.save(self._emitted(model), folder / MODEL)
         files.write(folder / "run.py", _RUN)
         return self._needs(model)
 
+    def _emitted(self, model: ir.Model) -> ir.Model:
+        """What is written of a model."""
+        from graphc.runtime import integers
+        from graphc.storage.portable import portable
+
+        made = portable(model, self.capabilities())
+        if integers.session_options(made):
+            integers.part(made)
+        return made
+
     def _needs(self, model: ir.Model) -> dict[str, Any]:
-        return {"provider": self.provider, "threads": self.threads, "session_options": _session_options(model)}
+        from graphc.runtime import integers
+
+        options = integers.session_options(model)
+        return {"provider": self.provider, "threads": self.threads, "session_options": options}
 
     def emit_parts(self, models: Mapping[str, ir.Model], folder: Path) -> Mapping[str, Mapping[str, Any]]:
         from graphc import model as several
-        from graphc.storage.portable import portable
 
-        target = self.capabilities()
-        several.save_together({name: portable(model, target) for name, model in models.items()}, folder)
+        several.save_together({name: self._emitted(model) for name, model in models.items()}, folder)
         return {name: self._needs(model) for name, model in models.items()}
 
     def emit_file(self, model: ir.Model, path: Path) -> None:
         from graphc import model as models
-        from graphc.storage.portable import portable
 
-        models.save(portable(model, self.capabilities()), path)
+        models.save(self._emitted(model), path)
 
     def load(self, path: Path, *, frugal: bool = False) -> Runnable:
         from graphc import model as models
@@ -91,62 +100,6 @@ class OnnxRuntime(Backend):
             provider=settings.get("provider", self.provider),
             options=settings.get("session_options", {}),
         )
-
-
-_WEIGHTS = {"ConvInteger": 1, "MatMulInteger": 1, "QLinearConv": 3, "QLinearMatMul": 3}
-"""The input that is the weight of operators on integers."""
-
-_SAFE = 64
-"""Up to this size of weights, pairs of their products with uint8 have room in 16 bits."""
-
-
-def _session_options(model: ir.Model) -> dict[str, str]:
-    """What a session needs for the model to compute what it says."""
-    from graphc import edit
-
-    # Without VNNI, ONNX Runtime adds pairs of products of uint8 and int8 in 16 bits, which saturate.
-    saturates = any(_is_large(value) for node in edit.nodes(model) for value in _multiplied(node))
-    return {"session.x64quantprecision": "1"} if saturates else {}
-
-
-def _multiplied(node: ir.Node) -> Iterator[ir.Value]:
-    """The weights that a node multiplies with activations, both in integers."""
-    from graphc import edit
-
-    if edit.is_op(node, *_WEIGHTS):
-        operands = [node.inputs[_WEIGHTS[node.op_type]]]
-    elif edit.is_op(node, "Conv", "Gemm", "MatMul"):
-        sources = [_codes(value) for value in node.inputs[:2]]
-        operands = sources if None not in sources else []
-    else:
-        return
-    yield from (value for value in operands if value is not None)
-
-
-def _codes(value: ir.Value | None) -> ir.Value | None:
-    """The integers that a value is dequantized from, or None."""
-    from graphc import edit
-
-    node = value.producer() if value is not None else None
-    if node is not None and edit.is_op(node, "Transpose"):
-        return _codes(node.inputs[0])
-    return node.inputs[0] if node is not None and edit.is_op(node, "DequantizeLinear") else None
-
-
-def _is_large(value: ir.Value) -> bool:
-    """Whether int8 weights may be too large for sums in 16 bits; those that are computed may."""
-    import numpy as np
-    import onnx_ir as ir
-
-    from graphc import edit
-
-    if value.dtype not in (None, ir.DataType.INT8):
-        return False
-    held = edit.tensor(value)
-    if held is None:
-        return value.dtype == ir.DataType.INT8
-    array = held.numpy()
-    return bool(array.size) and bool(np.max(array) > _SAFE or np.min(array) < -_SAFE)
 
 
 def _file(path: Path) -> tuple[Path, Mapping[str, Any]]:

@@ -232,6 +232,10 @@ class Prune(Pass):
                 result.refuse(
                     group.name, f"{_averagers(group)} averages over it: shrink could not cut it (norms, narrow-norm)"
                 )
+            elif codes := _in_integers(group):
+                result.refuse(
+                    group.name, f"{codes} computes with it in integers: shrink could not cut it (prune, then quantize)"
+                )
             else:
                 chosen.append(group)
         return chosen
@@ -303,6 +307,19 @@ class Prune(Pass):
         else:
             wanted = self.multiple_of
         return int(np.lcm(wanted, max(group.multiple_of, 1)))
+
+
+_INTEGERS = (
+    "ConvInteger DynamicQuantizeLSTM DynamicQuantizeMatMul MatMulInteger MatMulIntegerToFloat QAttention QGemm "
+    "QLinearConv QLinearMatMul"
+).split()
+"""Operators that read codes: what is zero is not known to be so behind them."""
+
+
+def _in_integers(group: Group) -> str:
+    """An operator on integers that reads one of the group's weights, if there is one."""
+    readers = (use.node.op_type for place in group.places for use in place.value.uses())
+    return next((name for name in readers if name in _INTEGERS), "")
 
 
 def _weight(value: ir.Value) -> str:

@@ -38,6 +38,9 @@ from graphc.stats import RangeOf, Request
 MEASURED = 64 << 20
 """Bytes of constants up to which sensitivities are measured at the model's outputs."""
 
+EMBEDDED = 32
+"""Elements of a row of an embedding that share a scale, if it has fewer than 8 bits and nothing else is asked for."""
+
 SHORT = 4
 """Inputs of an output from which the later ones can make up for what GPTQ does to the earlier."""
 
@@ -206,9 +209,10 @@ class Quantize(Pass):
     def _way(self, site: Site, bits: int) -> Way | None:
         """How a weight is quantized with these bits; 0 leaves it."""
         if site.gathers:
-            # Whole rows are looked up: a scale for each.
+            # Whole rows are looked up: a scale for each, or of few bits for each block.
             bits = self.embeddings if self.scheme == "weights" and self.embeddings < bits else bits and self.embeddings
-            return (Grid(bits), Granularity(0)) if bits else None
+            few = Granularity(site.axis, self.block if self.block > 0 else EMBEDDED) if bits < 8 else Granularity(0)
+            return (Grid(bits), few) if bits else None
         if not bits:
             return None
         if self._integers(site):

@@ -200,9 +200,9 @@ def _scales(
         else:
             if scale.size > 1 and along == axis:
                 raise Refused("its scales differ along the inputs")
-            block = 16
-            while block < min(inputs, LARGEST):
-                block *= 2
+            # Rows that are looked up must divide into blocks; others are filled up.
+            whole = next((size for size in (LARGEST, LARGEST // 2, LARGEST // 4) if not inputs % size), 0)
+            block = whole or max(16, 1 << (min(inputs, LARGEST) - 1).bit_length())
             sizes = (outputs, -(-inputs // block))
             made = tuple(None if v is None else np.broadcast_to(v.reshape(-1, 1), sizes) for v in (scale, zero))
         if first is None:
