@@ -151,6 +151,15 @@ def test_uniform_takes_the_same_part_of_each() -> None:
     assert {g.name: g.size for g in analyse(model).groups} == {n: round(0.75 * s) for n, s in sizes.items()}
 
 
+def test_multiples_of_some_groups_do_not_empty_others() -> None:
+    """A fifth of the units of a transformer: neurons go in steps of 16, but no more heads go for what that leaves."""
+    model = ir.load(DATA / "fmnist_vit_tiny.onnx")
+    pruned(model, ratio=0.2)
+    Shrink().run(model, CONTEXT)
+    heads = [g.size for g in analyse(model).groups if g.kind == "head"]
+    assert heads == [3, 3, 3, 3]
+
+
 def test_multiple_of_and_min_keep() -> None:
     for options, allowed in (
         ({"multiple_of": 8}, lambda n: n % 8 == 0),

@@ -176,10 +176,15 @@ def allocate(
     order = np.argsort(np.concatenate(list(levels)), kind="stable")
     owner = np.repeat(np.arange(len(groups)), [g.size for g in groups])[order]
 
+    def wanted(count: int) -> dict[str, int]:
+        """How many units each group loses when the first ``count`` of the order go."""
+        found = np.bincount(owner[:count], minlength=len(groups)).tolist()
+        return {g.name: n for g, n in zip(groups, found, strict=True)}
+
     def removed(count: int) -> dict[str, int]:
-        """How many units each group loses when the first ``count`` of the order go, as far as its limits allow."""
-        wanted = np.bincount(owner[:count], minlength=len(groups)).tolist()
-        return {g.name: g.size - limits[g.name].kept(g.size, g.size - n) for g, n in zip(groups, wanted, strict=True)}
+        """The same, as far as limits allow."""
+        found = wanted(count)
+        return {g.name: g.size - limits[g.name].kept(g.size, g.size - found[g.name]) for g in groups}
 
     target = cost({}) * (1 - ratio)
     low, high = 0, len(order)
@@ -191,31 +196,34 @@ def allocate(
             low = middle + 1
     chosen = removed(low)
     if low:
-        following = [groups[i] for i in owner[low - 1 :].tolist()]
-        short = _filled(removed(low - 1), following, target, cost, limits)
+        short = _rounded(groups, wanted(low - 1), removed(low - 1), target, cost, limits)
         if abs(cost(short) - target) < abs(cost(chosen) - target):
             # One more unit overshoots by more than this falls short.
             chosen = short
     return chosen
 
 
-def _filled(
+def _rounded(
+    groups: Sequence[Group],
+    wanted: Mapping[str, int],
     removed: dict[str, int],
-    following: Sequence[Group],
     target: float,
     cost: Callable[[Mapping[str, int]], float],
     limits: Mapping[str, Limits],
 ) -> dict[str, int]:
-    """What falls short of a target by less than the next group's step, with those steps of others that still fit."""
-    full: set[str] = set()
-    for group in following:
-        if group.name in full:
-            continue
-        less = limits[group.name].below(group.size - removed[group.name])
-        more = removed | {group.name: group.size - less} if less else removed
-        if more is removed or cost(more) < target * (1 - 1e-9):
-            full.add(group.name)
-        else:
+    """What falls short of a target because multiples round up what is kept, rounded down where that still fits.
+
+    Groups that are furthest into their next step come first.
+    """
+    steps = {}
+    for group in groups:
+        kept = group.size - removed[group.name]
+        less = limits[group.name].below(kept)
+        if removed[group.name] < wanted[group.name] and less:
+            steps[group.name] = (wanted[group.name] - removed[group.name]) / (kept - less), group.size - less
+    for name, (_, count) in sorted(steps.items(), key=lambda step: -step[1][0]):
+        more = removed | {name: count}
+        if cost(more) >= target * (1 - 1e-9):
             removed = more
     return removed
 
