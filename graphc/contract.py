@@ -152,12 +152,14 @@ class Probe:
         before: A model of the standard operators.
         after: A model of what may take their place, with the same inputs.
         inputs: Arrays for both.
+        shared: Outputs of ``after`` that are written in place, each with the input whose buffer it takes.
     """
 
     signature: str
     before: ir.Model
     after: ir.Model
     inputs: Arrays
+    shared: Mapping[str, str] = field(default_factory=dict)
 
 
 Progress = Callable[[str, int, int], None]

@@ -20,6 +20,9 @@ SCHEMA = "graphc-timings/1"
 FASTER = 0.95
 """The ratio of times from which on a form counts as faster."""
 
+SLOWER = 1.03
+"""The ratio up to which it counts as not slower."""
+
 _SECONDS = (0.05, 0.4)
 """Time spent on each pair of forms: at first, and where that does not tell them apart."""
 
@@ -88,9 +91,10 @@ class Table:
         from graphc import runtime
 
         try:
+            after = runtime.session(probe.after, optimise=True)
             pair = {
                 "before": runtime.session(probe.before, optimise=True),
-                "after": runtime.session(probe.after, optimise=True),
+                "after": after.in_place(probe.inputs, probe.shared) if probe.shared else after,
             }
             for seconds in _SECONDS:
                 timing = runtime.measure(pair, probe.inputs, seconds=seconds, warmup=3)["after"]
@@ -110,7 +114,7 @@ def digest(used: Mapping[str, float]) -> str:
 
     Equal decisions make equal models, hence what was decided counts and not by how many microseconds.
     """
-    decided = sorted((signature, ratio <= FASTER) for signature, ratio in used.items())
+    decided = sorted((signature, ratio <= FASTER, ratio <= SLOWER) for signature, ratio in used.items())
     return hashlib.sha256(json.dumps(decided).encode()).hexdigest() if used else ""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -11,14 +11,25 @@ import onnx_ir as ir
 
 from graphc import edit
 from graphc.contract import Context, Effect, Needs, Pass, PassResult, Probe, option
-from graphc.lowering import forms
-from graphc.lowering.forms import FORMS, STANDARD, Site
+from graphc.lowering.cached import untie
+from graphc.lowering.forms import FORMS, STANDARD
+from graphc.lowering.site import Site, models, write
 from graphc.recognition.graph import Graph
 from graphc.rewrites.base import Refused
-from graphc.shapes.symbolic import Expr
-from graphc.timings import FASTER
+from graphc.shapes.symbolic import Expr, plain_name
+from graphc.timings import FASTER, SLOWER
 
-FormName = Literal["skip-rms-norm", "skip-layer-norm", "multi-head-attention", "quick-gelu", "bias-gelu", "sum-norm"]
+FormName = Literal[
+    "skip-rms-norm",
+    "skip-layer-norm",
+    "multi-head-attention",
+    "group-query-attention",
+    "quick-gelu",
+    "bias-gelu",
+    "sum-norm",
+    "joint-product",
+    "unpacked-product",
+]
 
 
 @dataclass(frozen=True)
@@ -26,22 +37,31 @@ class Lower(Pass):
     """Write operators in the form that is measured to be the fastest on this machine.
 
     Each form is timed once for each size (``sum-norm``: once for all) against what the session makes of the model by
-    itself; ``--timings FILE`` keeps and pins what was measured. All but the last write operators that only ONNX Runtime
-    has, which the target must allow: ``-t 'onnxruntime{portable=false}'``. Forms, as ``only`` and ``skip`` name them:
+    itself; ``--timings FILE`` keeps and pins what was measured. A decoder with a cache is timed with one token and with
+    ``length``: what is written is faster with one of them, and not slower with the other. The last three forms write
+    standard operators; the others those that only ONNX Runtime has, which the target must allow:
+    ``-t 'onnxruntime{portable=false}'``. Forms, as ``only`` and ``skip`` name them:
 
     - ``skip-rms-norm``: Add and RMSNormalization become SkipSimplifiedLayerNormalization.
     - ``skip-layer-norm``: Add and LayerNormalization become SkipLayerNormalization.
     - ``multi-head-attention``: Attention becomes MultiHeadAttention.
+    - ``group-query-attention``: Attention of one token with its cache becomes GroupQueryAttention.
     - ``quick-gelu``: A product with a Sigmoid of the same becomes QuickGelu.
     - ``bias-gelu``: Add of a vector and Gelu become BiasGelu.
     - ``sum-norm``: Add before LayerNormalization becomes Sum, which the session does not fuse with it: its
       SkipLayerNormalization may be slower than the two.
+    - ``joint-product``: Up to four MatMul of one input become one, and a Split.
+    - ``unpacked-product``: The MatMul of one row with a large weight reads it as it is stored: the session does not
+      repack what a view hides from it.
     """
 
     effect: ClassVar[Effect] = Effect.EXACT
 
     only: tuple[FormName, ...] = option((), "Try these forms alone.")
     skip: tuple[FormName, ...] = option((), "Do not try these forms.")
+    in_place: bool = option(
+        False, "Whoever runs the model gives each cache and what it becomes one and the same buffer."
+    )
     length: int = option(64, "The size that dynamic axes other than the first have when forms are timed.")
 
     def __post_init__(self) -> None:
@@ -65,26 +85,34 @@ class Lower(Pass):
         if sites and ctx.time is None:
             result.refuse(name, "nothing can be timed here")
             return result
-        probes = {signature: self._probe(site, graph, signature) for site, signature in sites}
-        ratios = ctx.time(list(probes.values())) if ctx.time is not None else {}
-        for site, signature in sites:
-            ratio = ratios.get(signature)
-            if ratio is None:
+        cases = _cases(graph, self.length)
+        signed = [(site, [self._signature(site, graph, case) for case in cases]) for site in sites]
+        probes = {
+            signature: (site, case)
+            for site, signatures in signed
+            for signature, case in zip(signatures, cases, strict=True)
+        }
+        ratios: Mapping[str, float] = {}
+        if ctx.time is not None:
+            ratios = ctx.time([self._probe(site, graph, name, case) for name, (site, case) in probes.items()])
+        for site, signatures in signed:
+            found = [ratios[signature] for signature in signatures if signature in ratios]
+            if len(found) < len(signatures):
                 result.refuse(site.nodes[0], "it is not in the timing table")
-            elif ratio > FASTER:
+            elif min(found) > FASTER or max(found) > SLOWER:
                 if site.form not in STANDARD:
                     result.refuse(site.nodes[0], f"{site.operator} is not faster than what the session makes by itself")
             elif all(node.graph is not None for node in site.nodes):
-                forms.write(site, graph)
+                write(site, graph)
                 if site.domain:
                     model.graph.opset_imports.setdefault(site.domain, 1)
-                before = f" before {site.reader.op_type}" if site.reader is not None else ""
-                result.change(f"{site.operator} written{before}")
+                result.change(_words(site))
+        if self.in_place:
+            for cache in untie(graph):
+                result.refuse(cache, "the model reads the length of the past off this cache, whose buffer must have it")
         return result
 
-    def _sites(
-        self, model: ir.Model, graph: Graph, enabled: Sequence[str], result: PassResult
-    ) -> list[tuple[Site, str]]:
+    def _sites(self, model: ir.Model, graph: Graph, enabled: Sequence[str], result: PassResult) -> list[Site]:
         provider = graph.providers[0]
         found = []
         for node in list(edit.nodes(model)):
@@ -103,42 +131,76 @@ class Lower(Pass):
                 if not graph.target.has_kernel(site.domain, site.operator, provider):
                     result.refuse(node, f"{provider} has no kernel for {site.operator}")
                     continue
-                found.append((site, self._signature(site, graph)))
+                found.append(site)
         return found
 
-    def _signature(self, site: Site, graph: Graph) -> str:
+    def _signature(self, site: Site, graph: Graph, case: Case) -> str:
         """A form, its attributes, and the dtypes and sizes that it is timed with."""
         operands = ", ".join(
-            "-" if v is None else f"{(graph.dtype(v) or ir.DataType.FLOAT).name.lower()}{self._shape(v, site, graph)}"
+            "-" if v is None else f"{(graph.dtype(v) or ir.DataType.FLOAT).name.lower()}{_shape(v, site, graph, case)}"
             for v in site.inputs
         )
         attributes = " ".join(f"{k}={v:g}" for k, v in sorted(site.attributes.items()))
         given = sum(v is not None for v in site.outputs)
-        return f"{site.form}({operands}) {attributes} -> {given} {graph.providers[0]}"
+        place = " in place" if self._shared(site) else ""
+        return f"{site.form}({operands}) {attributes} -> {given} {graph.providers[0]}{place}"
 
-    def _shape(self, value: ir.Value, site: Site, graph: Graph) -> list[int]:
-        dims = graph.dims(value) or ()
-        if len(dims) <= len(site.typical):
-            return list(site.typical[len(site.typical) - len(dims) :])
-        return [self._size(dim, graph) for dim in dims]
+    def _shared(self, site: Site) -> dict[str, str]:
+        """Which outputs of a form are written in place, and over which inputs."""
+        if not self.in_place or site.form != "group-query-attention":
+            return {}
+        return {
+            str(out.name): str(past.name)
+            for out, past in zip(site.outputs[1:], site.inputs[4:6], strict=True)
+            if out and past
+        }
 
-    def _size(self, dim: Any, graph: Graph) -> int:
-        """A number for a size: 1 for what is the first axis of an input, else ``length``."""
-        if not isinstance(dim, Expr):
-            return int(dim)
-        first = {str(v.shape[0]) for v in graph.model.graph.inputs if v.shape is not None and len(v.shape)}
-        total = 0
-        for atoms, factor in dim.terms:
-            for atom in atoms:
-                factor *= 1 if atom in first else self.length
-            total += factor
-        return max(1, total)
-
-    def _probe(self, site: Site, graph: Graph, signature: str) -> Probe:
-        before, after = forms.models(site, graph, lambda value: self._shape(value, site, graph))
+    def _probe(self, site: Site, graph: Graph, signature: str, case: Case) -> Probe:
+        before, after, shapes = models(site, graph, lambda value: _shape(value, site, graph, case))
         rng = np.random.default_rng(0)
         inputs = {}
         for value in before.graph.inputs:
-            assert value.name is not None and value.shape is not None and value.dtype is not None
-            inputs[value.name] = rng.standard_normal(tuple(value.shape)).astype(value.dtype.numpy())  # type: ignore[arg-type]
-        return Probe(signature, before, after, inputs)
+            assert value.name is not None and value.dtype is not None
+            inputs[value.name] = rng.standard_normal(shapes[value.name]).astype(value.dtype.numpy())
+        return Probe(signature, before, after, inputs, self._shared(site))
+
+
+Case = Mapping[str, int]
+"""Numbers for named sizes; the name "" is that of all others."""
+
+
+def _cases(graph: Graph, length: int) -> list[Case]:
+    """The sizes to time with: 1 for the first axis of an input, else ``length``; with a cache, for one token, too."""
+    model = graph.model
+    batch = {str(v.shape[0]): 1 for v in model.graph.inputs if v.shape is not None and len(v.shape)}
+    several: Case = {"": length, **batch}
+    with_cache = [n for n in edit.nodes(model) if edit.is_op(n, "Attention") and len(n.inputs) > 5]
+    tokens = {plain_name(dim) for node in with_cache for dim in (graph.dims(node.inputs[0]) or ())[-2:-1]} - {None}
+    return [{**several, **{str(name): 1 for name in tokens}}, several] if tokens else [several]
+
+
+def _shape(value: ir.Value, site: Site, graph: Graph, case: Case) -> list[int]:
+    dims = graph.dims(value) or ()
+    if len(dims) <= len(site.typical):
+        return list(site.typical[len(site.typical) - len(dims) :])
+    return [_size(dim, case) for dim in dims]
+
+
+def _size(dim: Any, case: Case) -> int:
+    if not isinstance(dim, Expr):
+        return int(dim)
+    total = 0
+    for atoms, factor in dim.terms:
+        for atom in atoms:
+            factor *= case.get(atom, case[""])
+        total += factor
+    return max(1, total)
+
+
+def _words(site: Site) -> str:
+    """What was done, in words."""
+    if site.form == "joint-product":
+        return f"{len(site.nodes)} MatMul of one input joined"
+    if site.form == "unpacked-product":
+        return "MatMul reads its weight unpacked"
+    return f"{site.operator} written" + (f" before {site.reader.op_type}" if site.reader is not None else "")

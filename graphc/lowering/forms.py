@@ -1,45 +1,16 @@
-"""The forms: operators that may take the place of others, most of them of ``com.microsoft``, and how to write them."""
+"""The forms: operators that may take the place of others, most of them of ``com.microsoft``, and how to find them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
 import onnx_ir as ir
 
 from graphc import edit
+from graphc.lowering import cached, weights
+from graphc.lowering.site import Site
 from graphc.recognition.graph import Graph
 from graphc.rewrites.base import Refused, sole_reader
-
-DOMAIN = "com.microsoft"
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place where a form fits.
-
-    Attributes:
-        form: The name of the form.
-        operator: The operator that takes their place.
-        nodes: The standard operators, the last one first.
-        inputs: What the operator reads, None for what is left out.
-        outputs: Which value each of its outputs becomes, None for one that nobody reads.
-        attributes: Its attributes.
-        domain: Of the operator.
-        reader: A node that reads its first output and stays; it is timed with it.
-        typical: The sizes to time it with, the last axes of each value, where the model's own do not matter.
-    """
-
-    form: str
-    operator: str
-    nodes: tuple[ir.Node, ...]
-    inputs: tuple[ir.Value | None, ...]
-    outputs: tuple[ir.Value | None, ...]
-    attributes: dict[str, Any]
-    domain: str = DOMAIN
-    reader: ir.Node | None = None
-    typical: tuple[int, ...] = ()
 
 
 def _skip_norm(node: ir.Node, graph: Graph) -> Site | None:
@@ -145,107 +116,14 @@ FORMS: dict[str, tuple[tuple[str, ...], Callable[[ir.Node, Graph], Site | None]]
     "skip-rms-norm": (("RMSNormalization",), _skip_norm),
     "skip-layer-norm": (("LayerNormalization",), _skip_norm),
     "multi-head-attention": (("Attention",), _multi_head),
+    "group-query-attention": (("Attention",), cached.group_query),
     "quick-gelu": (("Sigmoid",), _quick_gelu),
     "bias-gelu": (("Gelu",), _bias_gelu),
     "sum-norm": (("LayerNormalization",), _sum_norm),
+    "joint-product": (("MatMul",), weights.joint),
+    "unpacked-product": (("MatMul",), weights.unpacked),
 }
 """By name: the standard operators at which a form is tried, and what finds it."""
 
-STANDARD = frozenset(("sum-norm",))
+STANDARD = frozenset(("sum-norm", "joint-product", "unpacked-product"))
 """Forms that write standard operators alone."""
-
-
-def write(site: Site, graph: Graph) -> None:
-    """Put the operator in the place of the standard ones."""
-    last = site.nodes[0]
-    inside = set(site.nodes)
-    # What an earlier site gave may have a new producer by now.
-    inputs = [graph.made.get(("written", v), v) if v is not None else None for v in site.inputs]
-    made = ir.node(
-        site.operator,
-        inputs,
-        dict(site.attributes),
-        domain=site.domain,
-        num_outputs=len(site.outputs),
-        name=last.name,
-        metadata_props=dict(last.metadata_props),
-    )
-    # In front of the first reader of what it gives: a sum may be read before it is normalised.
-    last_input = site.nodes[-1]
-    last_input.append(made)
-    for new, old in zip(made.outputs, site.outputs, strict=True):
-        if old is None:
-            new.name = ""
-            continue
-        new.type, new.shape = old.type, old.shape
-        name = old.name
-        if old.is_graph_output():
-            edit.replace(old, new)
-        else:
-            for use in [u for u in old.uses() if u.node not in inside and u.node is not made]:
-                use.node.replace_input_with(use.idx, new)
-            old.name, new.name = graph.fresh(f"{name}.replaced"), name
-        graph.made["written", old] = new
-        graph.note(new, old, graph.dims(old))
-    graph.sweep([v for n in site.nodes for v in n.outputs])
-    for node in site.nodes:
-        if node.graph is not None and not any(v.uses() or v.is_graph_output() for v in node.outputs):
-            graph.drop(node)
-
-
-_Written = tuple[str, str, Sequence[ir.Value | None], Sequence[ir.Value | None], dict[str, Any]]
-"""Operator, domain, inputs, outputs, attributes."""
-
-
-def models(site: Site, graph: Graph, shape: Callable[[ir.Value], Sequence[int]]) -> tuple[ir.Model, ir.Model]:
-    """The standard operators of a site, and what may take their place, as two models with the same inputs.
-
-    Args:
-        site: The place.
-        graph: The graph that it is in.
-        shape: Gives the shape of each value to time it with.
-    """
-    nodes = (*reversed(site.nodes), *([site.reader] if site.reader is not None else []))
-    made = {v for node in nodes for v in node.outputs}
-    outer = list(dict.fromkeys(v for node in nodes for v in node.inputs if v is not None and v not in made))
-    wanted = [v for v in (site.outputs if site.reader is None else site.reader.outputs) if v is not None]
-
-    def build(written: Sequence[_Written]) -> ir.Model:
-        copies: dict[ir.Value, ir.Value] = {}
-        inputs: list[ir.Value] = []
-        initializers: list[ir.Value] = []
-        for value in outer:
-            held, own = edit.tensor(value), tuple(shape(value))
-            if held is not None and tuple(held.shape) != own:
-                held = None
-            copies[value] = ir.Value(
-                name=value.name,
-                type=ir.TensorType(graph.dtype(value) or ir.DataType.FLOAT),
-                shape=ir.Shape(own),
-                const_value=held,
-            )
-            (inputs if held is None else initializers).append(copies[value])
-        nodes = []
-        for operator, domain, reads, gives, attributes in written:
-            read = [None if v is None else copies[v] for v in reads]
-            node = ir.node(operator, read, attributes, domain=domain, num_outputs=len(gives))
-            for new, old in zip(node.outputs, gives, strict=True):
-                new.name = old.name if old is not None else ""
-                if old is not None:
-                    copies[old] = new
-            nodes.append(node)
-        for value in wanted:
-            copies[value].type = ir.TensorType(graph.dtype(value) or ir.DataType.FLOAT)
-        body = ir.Graph(
-            inputs,
-            [copies[v] for v in wanted],
-            nodes=nodes,
-            initializers=initializers,
-            opset_imports={"": graph.version, DOMAIN: 1},
-            name="probe",
-        )
-        return ir.Model(body, ir_version=10)
-
-    standard: list[_Written] = [(n.op_type, n.domain, n.inputs, n.outputs, dict(n.attributes)) for n in nodes]
-    other: _Written = (site.operator, site.domain, site.inputs, site.outputs, site.attributes)
-    return build(standard), build([other, *standard[len(site.nodes) :]])

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from graphc.contract import Arrays, Capabilities, Runnable
 from graphc.errors import BadInput, nearest
+from graphc.runtime.binding import InPlace
 from graphc.runtime.complaints import CannotRun, explain
 from graphc.runtime.mapping import constants_nbytes, mapped, serialised
 from graphc.runtime.timing import Memory, Timing, measure, peak_memory
@@ -149,6 +150,10 @@ class Session(Runnable):
             raise explain(error, "ONNX Runtime cannot run the model", self._where) from None
         named = zip(self.output_names, outputs, strict=True)
         return {name: array for output, value in named for name, array in _flat(output, value)}
+
+    def in_place(self, inputs: Arrays, shared: Mapping[str, str]) -> InPlace:
+        """The same session with outputs written over inputs, see :mod:`graphc.runtime.binding`."""
+        return InPlace(self._handle, self.provider, inputs, shared)
 
     def placement(self) -> dict[str, dict[str, int]]:
         """How many nodes of each operator every provider runs.

@@ -1,0 +1,149 @@
+"""Attention with a cache as GroupQueryAttention, which can append to the buffers of the caller in place."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from graphc import edit
+from graphc.lowering.site import DOMAIN, Site
+from graphc.lowering.steps import Step, between, constant, ints
+from graphc.recognition.graph import Graph
+from graphc.recognition.scores import extremes
+from graphc.rewrites.base import Refused
+from graphc.shapes import Shape, symbolic
+
+_INT32 = ir.DataType.INT32
+_PAST = (4, 5)
+"""The inputs of Attention that are a cache."""
+
+
+def group_query(node: ir.Node, graph: Graph) -> Site | None:
+    """Attention of one new token with its past; the mask is added as it is, nothing is causal by itself.
+
+    The lengths that the operator wants are read off the mask, not off the past: the past may then be longer than what
+    it holds, which is how buffers are used in place.
+    """
+    if len(node.inputs) < 6 or any(node.inputs[i] is None for i in _PAST) or any(node.inputs[6:]):
+        return None
+    if any(value.uses() or value.is_graph_output() for value in node.outputs[3:]):
+        return None
+    heads, fewer = edit.attribute(node, "q_num_heads", 0), edit.attribute(node, "kv_num_heads", 0)
+    if not heads or not fewer:
+        raise Refused("its heads are an axis, and GroupQueryAttention has them as an attribute")
+    q, k, v, mask, past = node.inputs[:5]
+    shapes = [graph.dims(value) for value in (q, k, v, past)]
+    if q is None or past is None or any(shape is None for shape in shapes):
+        return None
+    queries, keys, values, before = (shape or () for shape in shapes)
+    if queries[1] != 1 and queries[0] != 1:
+        raise Refused("with a past, GroupQueryAttention takes several tokens of one sequence only")
+    if keys[2] != values[2]:
+        raise Refused("GroupQueryAttention has keys and values of one size")
+    if edit.attribute(node, "is_causal", 0) or edit.attribute(node, "softmax_precision", 1) != ir.DataType.FLOAT:
+        raise Refused("GroupQueryAttention has another causal mask, or another precision of the softmax")
+    _check_mask(mask, queries, symbolic.add(before[2], keys[1]), graph)
+    assert mask is not None
+    attributes = {"num_heads": heads, "kv_num_heads": fewer, "causal": 0}
+    attributes |= {name: edit.attribute(node, name) for name in ("scale", "softcap") if name in node.attributes}
+    outputs = tuple(node.outputs[:3])
+    lengths, total, steps = _lengths(mask, q, graph)
+    steps.append(
+        Step(
+            "GroupQueryAttention",
+            (q, k, v, past, node.inputs[5], lengths, total, None, None, None, mask),
+            outputs,
+            attributes,
+            DOMAIN,
+        )
+    )
+    return Site(
+        "group-query-attention",
+        "GroupQueryAttention",
+        (node,),
+        tuple(node.inputs),
+        outputs,
+        attributes,
+        steps=tuple(steps),
+    )
+
+
+def _check_mask(mask: ir.Value | None, queries: Shape, total: symbolic.Dim, graph: Graph) -> None:
+    """Refuse masks that the operator does not read, or reads as another one."""
+    dims = graph.dims(mask)
+    if mask is None or dims is None:
+        raise Refused("without a mask nothing says how long the past is")
+    if graph.dtype(mask) == ir.DataType.BOOL:
+        raise Refused("GroupQueryAttention adds its mask, and this one is boolean")
+    if len(dims) != 4 or dims[2:] != (queries[1], total):
+        raise Refused("the mask is not known to cover all keys of every query")
+    if -float("inf") in extremes(mask):
+        raise Refused("the mask may hide all keys of a query, of which GroupQueryAttention makes something else")
+
+
+def _lengths(mask: ir.Value, q: ir.Value, graph: Graph) -> tuple[ir.Value, ir.Value, list[Step]]:
+    """The index of the last key of each sequence, the number of keys, and what computes them."""
+    batch = mask if (graph.dims(mask) or ())[0] == (graph.dims(q) or ())[0] else q
+    int64 = ir.DataType.INT64
+    count, narrow = between("cache.keys", int64, (1,)), between("cache.keys32", _INT32, (1,))
+    total, last = between("cache.total", _INT32, ()), between("cache.last", _INT32, (1,))
+    rows = between("cache.batch", int64, (1,))
+    lengths = between("cache.lengths", _INT32, (graph.dims(batch) or ())[:1])
+    one = constant("graphc.one", ir.tensor(np.array([1], np.int32)))
+    return (
+        lengths,
+        total,
+        [
+            Step("Shape", (mask,), (count,), {"start": 3, "end": 4}),
+            Step("Cast", (count,), (narrow,), {"to": int(_INT32)}),
+            Step("Squeeze", (narrow, ints(0)), (total,)),
+            Step("Sub", (narrow, one), (last,)),
+            Step("Shape", (batch,), (rows,), {"start": 0, "end": 1}),
+            Step("Expand", (last, rows), (lengths,)),
+        ],
+    )
+
+
+def untie(graph: Graph) -> list[str]:
+    """Let what reads the length of the past off a cache read it off the mask, so that buffers may be longer.
+
+    Returns:
+        The caches that only buffers of just their length fit, by name.
+    """
+    caches = [
+        value
+        for value in graph.model.graph.inputs
+        if any(edit.is_op(u.node, "GroupQueryAttention", domain=DOMAIN) and u.idx in (3, 4) for u in value.uses())
+    ]
+    tied = []
+    for past in caches:
+        shapes = [u.node for u in past.uses() if not edit.is_op(u.node, "GroupQueryAttention", domain=DOMAIN)]
+        for node in shapes:
+            found = _counted(past, graph) if _is_length(node) else None
+            if found is None:
+                tied.append(past.name or "")
+                break
+            value, axis, more = found
+            like = graph.ints(node, [1])
+            bounds = {"start": axis, "end": axis + 1}
+            whole = graph.make(node, "Shape", [value], bounds, like=like, shape=(1,))
+            graph.bypass(node, graph.make(node, "Sub", [whole, graph.ints(node, [more])], like=like, shape=(1,)))
+    return tied
+
+
+def _is_length(node: ir.Node) -> bool:
+    start, end = edit.attribute(node, "start", 0), edit.attribute(node, "end", 4)
+    return edit.is_op(node, "Shape") and (start % 4, end % 4) == (2, 3)
+
+
+def _counted(past: ir.Value, graph: Graph) -> tuple[ir.Value, int, int] | None:
+    """An axis of another input that is longer than the past by a number, and that number."""
+    length = (graph.dims(past) or (None,) * 3)[2]
+    if length is None:
+        return None
+    for value in graph.model.graph.inputs:
+        for axis, dim in enumerate(graph.dims(value) or ()):
+            more = symbolic.sub(dim, length)
+            if value is not past and isinstance(more, int) and more > 0 and not isinstance(dim, int):
+                return value, axis, more
+    return None
