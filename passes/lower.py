@@ -13,7 +13,8 @@ from graphc import edit
 from graphc.contract import Context, Effect, Needs, Pass, PassResult, Probe, option
 from graphc.lowering.cached import untie
 from graphc.lowering.forms import FORMS, STANDARD
-from graphc.lowering.site import Site, models, write
+from graphc.lowering.site import Site, write
+from graphc.lowering.timed import models
 from graphc.recognition.graph import Graph
 from graphc.rewrites.base import Refused
 from graphc.shapes.symbolic import Expr, plain_name

@@ -1,8 +1,8 @@
-"""Where a form fits: what is written in the place of which operators, and both as models to be timed."""
+"""Where a form fits, and how it is written in the place of other operators."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ from graphc import edit
 from graphc.lowering import steps as several
 from graphc.lowering.steps import Step
 from graphc.recognition.graph import Graph
-from graphc.shapes import Shape
 
 DOMAIN = "com.microsoft"
 
@@ -106,85 +105,3 @@ def _remove(site: Site, graph: Graph) -> None:
     for node in site.nodes:
         if node.graph is not None and not any(v.uses() or v.is_graph_output() for v in node.outputs):
             graph.drop(node)
-
-
-_Written = tuple[str, str, Sequence[ir.Value | None], Sequence[ir.Value | None], dict[str, Any]]
-"""Operator, domain, inputs, outputs, attributes."""
-
-
-def models(
-    site: Site, graph: Graph, shape: Callable[[ir.Value], Sequence[int]]
-) -> tuple[ir.Model, ir.Model, dict[str, tuple[int, ...]]]:
-    """The standard operators of a site, and what may take their place, as two models with the same inputs.
-
-    Args:
-        site: The place.
-        graph: The graph that it is in.
-        shape: Gives the shape of each value to time it with.
-
-    Returns:
-        Both models, and the shape of each input; sizes that the graph leaves open are open there, too.
-    """
-    nodes = (*reversed(site.nodes), *([site.reader] if site.reader is not None else []))
-    made = {v for node in nodes for v in node.outputs}
-    outer = list(dict.fromkeys(v for node in nodes for v in node.inputs if v is not None and v not in made))
-    wanted = [v for v in (site.outputs if site.reader is None else site.reader.outputs) if v is not None]
-
-    feeds: dict[str, tuple[int, ...]] = {}
-
-    def build(written: Sequence[_Written]) -> ir.Model:
-        copies: dict[ir.Value, ir.Value] = {}
-        inputs: list[ir.Value] = []
-        initializers: list[ir.Value] = []
-        for value in outer:
-            held, own = edit.tensor(value), tuple(shape(value))
-            if held is not None and tuple(held.shape) != own:
-                held = None
-            copies[value] = ir.Value(
-                name=value.name,
-                type=ir.TensorType(graph.dtype(value) or ir.DataType.FLOAT),
-                shape=ir.Shape(own),
-                const_value=held,
-            )
-            if held is None:
-                assert value.name is not None
-                feeds[value.name] = own
-                copies[value].shape = _open(own, graph.dims(value))
-            (inputs if held is None else initializers).append(copies[value])
-        for value in dict.fromkeys(v for _, _, reads, _, _ in written for v in reads if v is not None):
-            if value.graph is None and value.const_value is not None and value not in copies:
-                copies[value] = several.constant(f"constant.{len(copies)}", value.const_value)
-                initializers.append(copies[value])
-        nodes = []
-        for operator, domain, reads, gives, attributes in written:
-            read = [None if v is None else copies[v] for v in reads]
-            node = ir.node(operator, read, attributes, domain=domain, num_outputs=len(gives))
-            for new, old in zip(node.outputs, gives, strict=True):
-                new.name = old.name if old is not None else ""
-                if old is not None:
-                    copies[old] = new
-            nodes.append(node)
-        for value in wanted:
-            copies[value].type = ir.TensorType(graph.dtype(value) or ir.DataType.FLOAT)
-        body = ir.Graph(
-            inputs,
-            [copies[v] for v in wanted],
-            nodes=nodes,
-            initializers=initializers,
-            opset_imports={"": graph.version, DOMAIN: 1},
-            name="probe",
-        )
-        return ir.Model(body, ir_version=10)
-
-    standard: list[_Written] = [(n.op_type, n.domain, n.inputs, n.outputs, dict(n.attributes)) for n in nodes]
-    kept = standard[len(site.nodes) :]
-    steps = site.steps or (Step(site.operator, site.inputs, site.outputs, site.attributes, site.domain),)  # type: ignore[arg-type]
-    other: list[_Written] = [(s.operator, s.domain, s.inputs, s.outputs, s.attributes) for s in steps]
-    return build(standard), build([*other, *kept]), feeds
-
-
-def _open(own: Sequence[int], known: Shape | None) -> ir.Shape:
-    """The shape of an input: numbers where the graph has them."""
-    if known is None or len(known) != len(own):
-        return ir.Shape([None] * len(own))
-    return ir.Shape([size if isinstance(dim, int) else None for size, dim in zip(own, known, strict=True)])

@@ -1,0 +1,105 @@
+"""A site as two models to be timed: what stands there, and what may take its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import onnx_ir as ir
+
+from graphc import edit
+from graphc.lowering.site import DOMAIN, Site
+from graphc.lowering.steps import Step
+from graphc.recognition.graph import Graph
+from graphc.shapes import Shape
+
+_COLD = 48 << 20
+"""Bytes of weights that both models read in turns at least: in a network, no cache still holds them."""
+
+_SMALL = 1 << 18
+"""Bytes of weights up to which a cache holds them anyway."""
+
+_MOST = 16
+"""Copies of a site at most."""
+
+
+def models(
+    site: Site, graph: Graph, shape: Callable[[ir.Value], Sequence[int]]
+) -> tuple[ir.Model, ir.Model, dict[str, tuple[int, ...]]]:
+    """The standard operators of a site, and what may take their place, as two models with the same inputs.
+
+    Args:
+        site: The place. One with weights is written several times, each with weights of its own.
+        graph: The graph that it is in.
+        shape: Gives the shape of each value to time it with.
+
+    Returns:
+        Both models, and the shape of each input; sizes that the graph leaves open are open there, too.
+    """
+    nodes = (*reversed(site.nodes), *([site.reader] if site.reader is not None else []))
+    standard = [Step(n.op_type, tuple(n.inputs), tuple(n.outputs), dict(n.attributes), n.domain) for n in nodes]
+    kept = standard[len(site.nodes) :]
+    # An output that nobody reads is a value without a name.
+    outputs = tuple(v if v is not None else ir.Value(name="") for v in site.outputs)
+    steps = site.steps or (Step(site.operator, site.inputs, outputs, site.attributes, site.domain),)
+    made = {v for step in standard for v in step.outputs}
+    outer = list(dict.fromkeys(v for step in standard for v in step.inputs if v is not None and v not in made))
+    wanted = [v for v in (site.outputs if site.reader is None else site.reader.outputs) if v is not None]
+    feeds = {value: tuple(shape(value)) for value in outer}
+    held = {value: tensor for value in outer if (tensor := edit.tensor(value)) and tuple(tensor.shape) == feeds[value]}
+    feeds = {value: own for value, own in feeds.items() if value not in held}
+    size = sum(tensor.nbytes for tensor in held.values())
+    times = min(_MOST, -(-_COLD // size)) if size > _SMALL else 1
+
+    def build(written: Sequence[Step]) -> ir.Model:
+        inputs = {value: _input(value, own, graph) for value, own in feeds.items()}
+        constants: list[ir.Value] = []
+        results: list[ir.Value] = []
+        ops: list[ir.Node] = []
+        for number in range(times):
+            known = dict(inputs)
+            for value, tensor in [*held.items(), *_new(written)]:
+                if value not in known:
+                    known[value] = _constant(f"{value.name}.{number}", tensor)
+                    constants.append(known[value])
+            for step in written:
+                read = [None if v is None else known[v] for v in step.inputs]
+                node = ir.node(step.operator, read, step.attributes, domain=step.domain, num_outputs=len(step.outputs))
+                for new, old in zip(node.outputs, step.outputs, strict=True):
+                    new.name = f"{old.name}.{number}" if number and old.name else old.name
+                    known[old] = new
+                ops.append(node)
+            for value in wanted:
+                known[value].type = ir.TensorType(graph.dtype(value) or ir.DataType.FLOAT)
+                results.append(known[value])
+        body = ir.Graph(
+            list(inputs.values()),
+            results,
+            nodes=ops,
+            initializers=constants,
+            opset_imports={"": graph.version, DOMAIN: 1},
+            name="probe",
+        )
+        return ir.Model(body, ir_version=10)
+
+    return build(standard), build([*steps, *kept]), {str(value.name): own for value, own in feeds.items()}
+
+
+def _new(written: Sequence[Step]) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
+    """Constants that steps read and that are in no graph."""
+    for value in dict.fromkeys(v for step in written for v in step.inputs if v is not None):
+        if value.graph is None and value.const_value is not None:
+            yield value, value.const_value
+
+
+def _constant(name: str, held: ir.TensorProtocol) -> ir.Value:
+    shape = ir.Shape(held.shape.numpy())
+    return ir.Value(name=name, type=ir.TensorType(held.dtype), shape=shape, const_value=held)
+
+
+def _input(value: ir.Value, own: Sequence[int], graph: Graph) -> ir.Value:
+    """An input of a model to be timed: its sizes are numbers where the graph has them."""
+    known: Shape | None = graph.dims(value)
+    if known is None or len(known) != len(own):
+        known = None
+    sizes = [size if known is not None and isinstance(known[i], int) else None for i, size in enumerate(own)]
+    return ir.Value(name=value.name, type=ir.TensorType(graph.dtype(value) or ir.DataType.FLOAT), shape=ir.Shape(sizes))
