@@ -11,8 +11,8 @@ import onnx_ir as ir
 
 from graphc.contract import Context, Effect, Needs, Pass, PassResult, Probe, option
 from graphc.lowering import nbits
-from graphc.lowering.forms import DOMAIN
 from graphc.lowering.nbits import Weight
+from graphc.lowering.site import DOMAIN
 from graphc.recognition.graph import Graph
 from graphc.timings import FASTER
 
