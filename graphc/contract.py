@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from graphc.bounds import Bounds, check
 from graphc.errors import BadInput
 
 if TYPE_CHECKING:
@@ -28,14 +29,15 @@ Arrays = Mapping[str, "np.ndarray[Any, Any]"]
 """Tensors by input or output name."""
 
 
-def option(default: Any, help: str) -> Any:
+def option(default: Any, help: str, **bounds: float) -> Any:
     """A dataclass field that is an option of a pass or a backend.
 
     Args:
         default: The default value; it must be immutable.
         help: One sentence for ``graphc list NAME`` and the documentation.
+        bounds: Those of :class:`graphc.bounds.Bounds` that a number must be within, e.g. ``least=0, below=1``.
     """
-    return field(default=default, metadata={"help": help})
+    return field(default=default, metadata={"help": help, "bounds": Bounds(**bounds) if bounds else None})
 
 
 class Effect(enum.Enum):
@@ -230,6 +232,9 @@ class Pass(abc.ABC):
     unchecked_ok: ClassVar[bool] = False
     """Whether the pass has a part that is safe on a model that cannot be run here (it then looks at
     ``Context.checkable``); the runner does not call other passes on such a model."""
+
+    def __post_init__(self) -> None:
+        check(self, self.name)
 
     @property
     def name(self) -> str:

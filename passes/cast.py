@@ -39,11 +39,7 @@ class Cast(Pass):
     to: Literal["float16", "bfloat16", "float32"] = option("float16", "The type to compute in.")
     io: bool = option(False, "Give the inputs and outputs of the model this type, too.")
     keep: tuple[str, ...] = option((), "Operators or nodes that keep their type, by name or pattern.")
-    share: float = option(1.0, "The share of the operators, from the first on, that gets the type.")
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
-            raise ValueError("share is a number from 0 to 1")
+    share: float = option(1.0, "The share of the operators, from the first on, that gets the type.", least=0, most=1)
 
     def caveats(self, model: ir.Model, ctx: Context) -> Iterable[str]:
         if self.to != "float32" and ctx.target.providers and _only_cpu(ctx):

@@ -29,8 +29,10 @@ class DropBlocks(Pass):
 
     effect: ClassVar[Effect] = Effect.LOSSY
 
-    count: int = option(0, "How many units go.")
-    ratio: float = option(0.0, "The part of the units that goes, from 0 to below 1; instead of a count.")
+    count: int = option(0, "How many units go.", least=0)
+    ratio: float = option(
+        0.0, "The part of the units that goes, from 0 to below 1; instead of a count.", least=0, below=1
+    )
     unit: Literal["block", "branch"] = option("block", "What goes as one: a block, or one of its residual branches.")
     criterion: Literal["influence", "angular", "probe", "taylor", "magnitude", "random", "depth"] = option(
         "influence",
@@ -44,8 +46,8 @@ class DropBlocks(Pass):
         "What 'probe' and 'depth' measure, as --max-drop; auto: the loss of labels, perplexity, or the error.",
     )
     greedy: bool = option(False, "For 'probe': choose each unit given those that went before.")
-    first: int = option(0, "Blocks at the start of each chain that stay.")
-    last: int = option(0, "Blocks at the end of each chain that stay.")
+    first: int = option(0, "Blocks at the start of each chain that stay.", least=0)
+    last: int = option(0, "Blocks at the end of each chain that stay.", least=0)
     include: tuple[str, ...] = option(
         (), "Patterns of block, branch or weight names that may go; all if none is given."
     )
@@ -60,25 +62,20 @@ class DropBlocks(Pass):
         "What stands in for the blocks that go: nothing; the best linear map, in the projection before them; or, for "
         "'sum' and 'last', the block before them, given their weights' differences or the last one's weights.",
     )
-    ridge: float = option(0.01, "For replace=linear: how strongly the map is held at that of plain dropping.")
-    merge: int = option(4, "For replace=sum and last: how many blocks become one.")
+    ridge: float = option(0.01, "For replace=linear: how strongly the map is held at that of plain dropping.", least=0)
+    merge: int = option(4, "For replace=sum and last: how many blocks become one.", least=2)
     threshold: float = option(
-        0.9, "For replace=sum and last: how similar the end of the chain must stay, a cosine, for a merge to stand."
+        0.9,
+        "For replace=sum and last: how similar the end of the chain must stay, a cosine, for a merge to stand.",
+        least=-1,
+        most=1,
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         where = "drop-blocks"
-        if not 0 <= self.ratio < 1:
-            raise BadInput(f"ratio cannot be {self.ratio:g}", where=where, hint="give a number from 0 to below 1")
-        for name in ("count", "first", "last"):
-            if getattr(self, name) < 0:
-                raise BadInput(f"{name} cannot be {getattr(self, name)}", where=where, hint="give 0 or more")
         if self.count and self.ratio:
             raise BadInput("a count leaves no ratio to choose", where=where, hint="give either count or ratio")
-        if self.merge < 2:
-            raise BadInput(f"merge cannot be {self.merge}", where=where, hint="two blocks become one at least")
-        if self.ridge < 0:
-            raise BadInput(f"ridge cannot be {self.ridge:g}", where=where, hint="give 0 or more")
         if self.unit == "branch" and (self.criterion == "angular" or self.replace != "none"):
             what = "criterion=angular" if self.criterion == "angular" else f"replace={self.replace}"
             raise BadInput(f"{what} is for whole blocks", where=where, hint="leave unit=branch out")

@@ -38,49 +38,36 @@ class Heal(Pass):
 
     effect: ClassVar[Effect] = Effect.LOSSY
 
-    steps: int = option(200, "Optimizer steps.")
-    minutes: float = option(0.0, "Wall time after which it ends early; 0 is no limit.")
-    learning_rate: float = option(0.0, "The highest learning rate; 0 is 1e-3 for all weights, else 3e-3.")
+    steps: int = option(200, "Optimizer steps.", least=0)
+    minutes: float = option(0.0, "Wall time after which it ends early; 0 is no limit.", least=0)
+    learning_rate: float = option(0.0, "The highest learning rate; 0 is 1e-3 for all weights, else 3e-3.", least=0)
     batch: int = option(
-        0, "Rows a step, run case by case with gradients added up; 0 is 32, or as many as have 2048 tokens."
+        0, "Rows a step, run case by case with gradients added up; 0 is 32, or as many as have 2048 tokens.", least=0
     )
     weights: Literal["all", "bias-norm", "lora"] = option(
         "all", "What is trained: all weights, biases and norms, or a product of low rank added to each matrix."
     )
-    rank: int = option(8, "The rank of what weights=lora adds.")
-    temperature: float = option(1.0, "Of the softmax by which scores are compared.")
+    rank: int = option(8, "The rank of what weights=lora adds.", least=1)
+    temperature: float = option(1.0, "Of the softmax by which scores are compared.", above=0)
     loss: Literal["auto", "kl", "mse"] = option(
         "auto", "How outputs are compared: as distributions, as values, or by what makes them."
     )
-    hidden: float = option(1.0, "The weight of the hidden states that both models have, beside the outputs.")
-    taps: int = option(4, "How many hidden states are compared.")
-    labels: float = option(0.5, "The weight of the labels, where the data has some.")
-    weight_decay: float = option(0.0, "AdamW's, of matrices.")
-    warmup: float = option(0.1, "The part of the steps in which the learning rate rises; then it falls as a cosine.")
-    clip: float = option(1.0, "The largest norm of the gradient; 0 is any.")
-    held_out: float = option(0.1, "The part of the data that is not trained on, and decides.")
-    patience: int = option(4, "Readings (of about 10) without a better one after which it ends; 0 is never.")
+    hidden: float = option(1.0, "The weight of the hidden states that both models have, beside the outputs.", least=0)
+    taps: int = option(4, "How many hidden states are compared.", least=0)
+    labels: float = option(0.5, "The weight of the labels, where the data has some.", least=0)
+    weight_decay: float = option(0.0, "AdamW's, of matrices.", least=0)
+    warmup: float = option(
+        0.1, "The part of the steps in which the learning rate rises; then it falls as a cosine.", least=0, below=1
+    )
+    clip: float = option(1.0, "The largest norm of the gradient; 0 is any.", least=0)
+    held_out: float = option(0.1, "The part of the data that is not trained on, and decides.", least=0, below=1)
+    patience: int = option(4, "Readings (of about 10) without a better one after which it ends; 0 is never.", least=0)
     keep_zeros: bool = option(True, "Whether weights that are exactly zero stay so.")
     precision: Literal["model", "bfloat16"] = option("model", "What products are computed in; updates are float32.")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where; 'auto' is a CUDA device if there is one.")
     teacher: Path | None = option(  # noqa: RUF009
         None, "A model file to learn from instead of the model as it came."
     )
-
-    def __post_init__(self) -> None:
-        where = "heal"
-        least = {"steps": 0, "minutes": 0, "learning_rate": 0, "batch": 0, "rank": 1, "hidden": 0, "taps": 0,
-                 "labels": 0, "weight_decay": 0, "clip": 0, "patience": 0}  # fmt: skip
-        for name, low in least.items():
-            if not getattr(self, name) >= low:
-                option_name = name.replace("_", "-")
-                raise BadInput(f"{option_name} cannot be {getattr(self, name):g}", where=where, hint=f"at least {low}")
-        if not self.temperature > 0:
-            raise BadInput(f"temperature cannot be {self.temperature:g}", where=where, hint="give a number above 0")
-        for name in ("warmup", "held_out"):
-            if not 0 <= getattr(self, name) < 1:
-                value = f"{name.replace('_', '-')} cannot be {getattr(self, name):g}"
-                raise BadInput(value, where=where, why="it is a part of the whole", hint="give 0 to below 1")
 
     def needs(self, model: ir.Model) -> Needs:
         return Needs(calibration=True)

@@ -68,7 +68,7 @@ class Prune(Pass):
 
     effect: ClassVar[Effect] = Effect.LOSSY
 
-    ratio: float = option(0.0, "The part to remove, from 0 to below 1, of what 'of' counts.")
+    ratio: float = option(0.0, "The part to remove, from 0 to below 1, of what 'of' counts.", least=0, below=1)
     of: Literal["units", "params", "bytes", "flops", "latency"] = option(
         "units", "What the ratio is a part of: the chosen groups' units, or the model's cost; latency is measured."
     )
@@ -94,28 +94,21 @@ class Prune(Pass):
     mask: Path | None = option(  # noqa: RUF009
         None, "A safetensors file of booleans, true = keep, by group name or weight:axis; instead of a ratio."
     )
-    min_keep: int = option(1, "Units that every group keeps at least.")
+    min_keep: int = option(1, "Units that every group keeps at least.", least=1)
     allow_interface: bool = option(False, "Whether graph inputs and outputs (KV caches, embeddings) may get narrower.")
     multiple_of: int | Literal["auto"] = option(
         "auto",
         "Groups keep a multiple of this many units; 'auto' is what the target's kernels like, less where groups are "
         "small: odd sizes can be slower than whole ones.",
+        least=1,
     )
     norms: bool = option(
         False, "Also width that a LayerNorm or GroupNorm averages over; only narrow-norm can cut it then."
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         where = "prune"
-        if not 0 <= self.ratio < 1:
-            why = "nothing would be left" if self.ratio == 1 else "it is a part of the whole"
-            raise BadInput(
-                f"ratio cannot be {self.ratio:g}", where=where, why=why, hint="give a number from 0 to below 1"
-            )
-        if self.min_keep < 1:
-            raise BadInput(f"min-keep cannot be {self.min_keep}", where=where, hint="a group keeps at least 1 unit")
-        if self.multiple_of != "auto" and self.multiple_of < 1:
-            raise BadInput(f"multiple-of cannot be {self.multiple_of}", where=where, hint="1 is no constraint")
         if (self.criterion == "scores") != (self.scores is not None):
             raise BadInput("criterion=scores and scores=FILE go together", where=where)
         if self.mask is not None and self.ratio:

@@ -23,14 +23,10 @@ class Simplify(Pass):
     effect = Effect.EXACT
     unchecked_ok = True
 
-    growth: float = option(16.0, "Megabytes by which folded constants may make the model larger, all in all.")
+    growth: float = option(16.0, "Megabytes by which folded constants may make the model larger, all in all.", least=0)
     freeze_initializers: bool = option(
         False, "Treat initializers that are also inputs as constants, and drop them from the inputs."
     )
-
-    def __post_init__(self) -> None:
-        if self.growth < 0:
-            raise ValueError("growth cannot be negative")
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         result = PassResult()

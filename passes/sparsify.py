@@ -32,7 +32,9 @@ class Sparsify(Pass):
 
     effect: ClassVar[Effect] = Effect.LOSSY
 
-    ratio: float = option(0.5, "The part of the weights that goes, from 0 to below 1; N:M says it itself.")
+    ratio: float = option(
+        0.5, "The part of the weights that goes, from 0 to below 1; N:M says it itself.", least=0, below=1
+    )
     pattern: str = option(
         "free", "free: any weight; N:M: N of M consecutive inputs of an output stay; RxC: tiles of R outputs, C inputs."
     )
@@ -51,21 +53,24 @@ class Sparsify(Pass):
         "The part that each layer loses: the same; what one threshold for all, on scores or on LAMP's, gives; more of "
         "large layers; less of layers with outliers; what measured errors of the outputs say.",
     )
-    most: float = option(0.98, "The part that no layer loses more than, unless all do.")
-    spread: float = option(0.08, "For allocation=owl: how far a layer's ratio may be from the whole's.")
-    outlier: float = option(5.0, "For allocation=owl: from how many times the mean a score is an outlier.")
-    levels_each: int = option(8, "For allocation=curves: how many ratios are measured of each layer.")
-    alpha: float = option(1.0, "For gblm: the weight of the gradients, whose mean is brought to that of the inputs.")
-    damp: float = option(0.01, "What the sweep adds to the Gram matrix's diagonal, as a part of its mean.")
+    most: float = option(0.98, "The part that no layer loses more than, unless all do.", above=0, most=1)
+    spread: float = option(
+        0.08, "For allocation=owl: how far a layer's ratio may be from the whole's.", least=0, most=1
+    )
+    outlier: float = option(5.0, "For allocation=owl: from how many times the mean a score is an outlier.", above=0)
+    levels_each: int = option(8, "For allocation=curves: how many ratios are measured of each layer.", least=2)
+    alpha: float = option(
+        1.0, "For gblm: the weight of the gradients, whose mean is brought to that of the inputs.", least=0
+    )
+    damp: float = option(0.01, "What the sweep adds to the Gram matrix's diagonal, as a part of its mean.", above=0)
     sequential: bool = option(False, "Collect each layer's statistics from the layers before as they have become.")
     kinds: tuple[str, ...] = option(KINDS, "The operators whose weights are looked at.")
     include: tuple[str, ...] = option((), "Patterns of weight or node names to look at; all if none is given.")
     exclude: tuple[str, ...] = option((), "Patterns of weight or node names to leave alone.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         where = "sparsify"
-        if not 0 <= self.ratio < 1:
-            raise BadInput(f"ratio cannot be {self.ratio:g}", where=where, hint="give a number from 0 to below 1")
         pattern = Pattern.parse(self.pattern)
         if pattern.group and self.allocation != "uniform":
             raise BadInput("N:M takes the same of every layer", where=where, hint=f"leave {self.allocation} out")
@@ -73,10 +78,6 @@ class Sparsify(Pass):
             raise BadInput("sparsegpt chooses single weights", where=where, hint="criterion=wanda update=obs for tiles")
         if self.criterion == "sparsegpt" and self.update == "none":
             raise BadInput("sparsegpt is an update", where=where, hint="criterion=wanda for none")
-        if self.damp <= 0:
-            raise BadInput(f"damp cannot be {self.damp:g}", where=where, hint="give a number above 0")
-        if not 0 < self.most <= 1:
-            raise BadInput(f"most cannot be {self.most:g}", where=where, hint="give a number above 0, up to 1")
         for kind in self.kinds:
             if kind not in KINDS:
                 raise BadInput(f"weights of '{kind}' are not looked at", where=where, hint=", ".join(KINDS))

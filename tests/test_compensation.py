@@ -174,6 +174,17 @@ def test_errors_fall_and_shrink_stays_exact(name: str) -> None:
     assert errors["obs"] == pytest.approx(errors["ls"], rel=1e-3)
 
 
+@pytest.mark.parametrize(("rows", "noted"), [(11, True), (40, False)])
+def test_too_few_rows_are_told_of(rows: int, noted: bool) -> None:
+    """Twelve channels cannot be told apart by eleven rows."""
+    model = parse(MODELS["matmul"])
+    x = np.random.default_rng(0).standard_normal((rows, 6)).astype(np.float32)
+    each = Prune(ratio=0.25, compensate="ls")
+    statistics = Collector([{"x": x}]).collect(model, each.needs(model).statistics)
+    result = each.run(model, Context(TARGET, statistics=statistics, calibration=[{"x": x}]))
+    assert any("fewer rows" in note for note in result.notes) == noted
+
+
 def test_where_nothing_can_make_up_for_it() -> None:
     model = parse("(float[N,6] x) => (float[N,N] y) <float[6,8] a, float[6,8] b>"
                   "{ p = MatMul(x,a) q = MatMul(x,b) t = Transpose<perm=[1,0]>(q) y = MatMul(p,t) }")  # fmt: skip

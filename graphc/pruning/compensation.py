@@ -151,7 +151,7 @@ def repairs(
             result.refuse(name, f"nothing can make up for its units: {obstacle(groups[name])}")
         for each in found:
             by_node.setdefault(each.contraction.node, each)
-    made = []
+    made, few = [], 0
     for node, consumer in by_node.items():
         if method == "mean" and consumer.contraction.rows.by:
             result.refuse(node, "nothing can make up for its units: a bias would have to follow the router's pick")
@@ -159,7 +159,17 @@ def repairs(
         repair = _repair(groups, selection, consumer, method, statistics)
         if repair is not None:
             made.append(repair)
+            few += method != "mean" and _few_rows(statistics[consumer.contraction.gram])
+    if few:
+        result.note(
+            f"{few} of {len(made)} weights were refitted on fewer rows of calibration data than they read channels: "
+            "more data will keep more of the quality"
+        )
     return made
+
+
+def _few_rows(gram: Gram) -> bool:
+    return bool(np.min(gram.count) < gram.centred.shape[-1])
 
 
 def _repair(
