@@ -243,7 +243,7 @@ class Prune(Pass):
         if self.of == "latency":
             cost = Latency(model, chosen, ctx, interface=self.allow_interface)
         else:
-            cost = allocation.Cost(model, chosen, self.of)
+            cost = allocation.Cost(model, groups, chosen, self.of)
         order, unit_costs = ORDERS[self.allocate], allocation.unit_costs(chosen, cost)
         probe = Probe(model, ctx, self._trial(ctx), interface=self.allow_interface) if order.probes else None
         setting = Setting(groups, chosen, scores, unit_costs, ctx, self.ratio, cost, limits, probe)

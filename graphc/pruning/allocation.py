@@ -16,8 +16,9 @@ import numpy as np
 import onnx_ir as ir
 
 from graphc import edit
-from graphc.axes.groups import Group
+from graphc.axes.groups import Group, Groups
 from graphc.edit import Array
+from graphc.pruning.weightless import Weightless
 
 Measure = Literal["units", "params", "bytes", "flops"]
 Keep = dict[str, Array]
@@ -50,16 +51,17 @@ class Limits:
 class Cost:
     """What a model costs as a function of the units that are kept, in one measure.
 
-    Parameters and bytes are those of all constants; FLOPs those of the products with a constant weight, each
-    in proportion to what is left of the weight.
+    Parameters and bytes are those of all constants; FLOPs those of all operators, at batch and sequence size 1, each in
+    proportion to what is left of its weight or, without one, of its axes.
 
     Args:
-        model: The model that the groups were found in.
-        groups: The groups that may be cut.
+        model: The model.
+        analysis: Its groups.
+        groups: Those that may be cut.
         measure: What is counted. Units are counted over these groups only.
     """
 
-    def __init__(self, model: ir.Model, groups: Sequence[Group], measure: Measure) -> None:
+    def __init__(self, model: ir.Model, analysis: Groups, groups: Sequence[Group], measure: Measure) -> None:
         self._groups = {group.name: group for group in groups}
         self._measure = measure
         self._places: dict[ir.Value, dict[int, list[tuple[str, Array]]]] = {}
@@ -68,12 +70,17 @@ class Cost:
                 axes = self._places.setdefault(place.value, {})
                 axes.setdefault(place.axis, []).append((group.name, np.asarray(place.units)))
         self._weights = {} if measure == "units" else _weights(model, measure)
+        self._weightless: Callable[[Mapping[str, int]], float] = lambda removed: 0.0
+        if measure == "flops":
+            by_weight, rest = _flops(model)
+            self._weights = {value: (shape, by_weight.get(value, 0.0)) for value, (shape, _) in self._weights.items()}
+            self._weightless = Weightless(analysis, groups, rest)
 
     def __call__(self, removed: Mapping[str, int]) -> float:
         """The cost once each group lost so many of its units (any of them: only the number matters)."""
         if self._measure == "units":
             return float(sum(_unit_count(g) - _blocks(g) * removed.get(n, 0) for n, g in self._groups.items()))
-        total = 0.0
+        total = self._weightless(removed)
         for value, (shape, weight) in self._weights.items():
             left = weight
             for axis, places in self._places.get(value, {}).items():
@@ -94,7 +101,7 @@ def _unit_count(group: Group) -> int:
 
 
 def _weights(model: ir.Model, measure: Measure) -> dict[ir.Value, tuple[tuple[int, ...], float]]:
-    """Shape and cost of every constant."""
+    """Shape and elements, or bytes, of every constant."""
     found: dict[ir.Value, tuple[tuple[int, ...], float]] = {}
     for graph in edit.graphs(model):
         constants = [*graph.initializers.values(), *(out for node in graph for out in node.outputs)]
@@ -102,21 +109,19 @@ def _weights(model: ir.Model, measure: Measure) -> dict[ir.Value, tuple[tuple[in
             held = edit.tensor(value)
             if held is None or held.size == 0:
                 continue
-            cost = held.size if measure == "params" else held.nbytes
+            cost = held.nbytes if measure == "bytes" else held.size
             found[value] = (tuple(held.shape.numpy()), float(cost))
-    if measure == "flops":
-        flops = _flops_by_weight(model)
-        found = {value: (shape, flops.get(value, 0.0)) for value, (shape, _) in found.items()}
     return found
 
 
-def _flops_by_weight(model: ir.Model) -> dict[ir.Value, float]:
-    """FLOPs of the nodes that compute with each constant, at batch and sequence size 1; shared ones are split."""
+def _flops(model: ir.Model) -> tuple[dict[ir.Value, float], dict[ir.Node, int]]:
+    """FLOPs of nodes by the largest constant that they compute with, and those of each other node."""
     from graphc import flops
 
     bound = flops.bind(model)
     counts = {node.outputs[0].name: flops.node_flops(node) for node in edit.nodes(bound) if node.outputs}
     found: dict[ir.Value, float] = {}
+    rest: dict[ir.Node, int] = {}
     for node in edit.nodes(model):
         if not node.outputs or not (count := counts.get(node.outputs[0].name, 0)):
             continue
@@ -124,7 +129,9 @@ def _flops_by_weight(model: ir.Model) -> dict[ir.Value, float]:
         largest = max(sources, key=_size, default=None)
         if largest is not None:
             found[largest] = found.get(largest, 0.0) + count
-    return found
+        else:
+            rest[node] = count
+    return found, rest
 
 
 def _size(value: ir.Value) -> int:
