@@ -141,6 +141,7 @@ def compressed(experiment: Experiment, dense: Path, variant: Variant, path: Path
         source,
         path,
         recipe=Recipe(passes),
+        data=[dict(experiment.sample)],  # what lossy passes cost is read here, and below on held-out data
         calibrate=variant.calibration or experiment.calibration,
         measure=False,
         verify=False,

@@ -22,10 +22,15 @@ CALIBRATION = 32
 BLOCKS = 106.2 / 134.5
 """The part of the parameters that is in the blocks: ratios are parts of these."""
 
+ENDS = [f"*.layers.{i}.*" for i in (0, 1, 2, 3, 28, 29)]
+"""What LLM-Pruner leaves alone: the first four and the last two blocks."""
+
 WIDTH = {
     "random": "criterion=random",
     "magnitude": "criterion=l2",
-    "LLM-Pruner (taylor)": "criterion=taylor",
+    "taylor": "criterion=taylor",
+    "LLM-Pruner: taylor, ends kept": f"criterion=taylor exclude=[{' '.join(ENDS)}]",
+    "taylor, per cost": "criterion=taylor allocate=per-cost",
     "flap": "criterion=flap allocate=global compensate=mean",
     "flap + ls": "criterion=flap allocate=global compensate=ls",
     "wanda + ls": "criterion=wanda compensate=ls",
@@ -43,8 +48,9 @@ DEPTH = {
 
 
 BEST = "surgeon, per cost + ls"
-HEAL = "heal{minutes=10 learning-rate=0.0002 batch=2 hidden=0 precision=bfloat16}"
-"""Ten minutes on two cores; the original is the teacher, all of the calibration text is read."""
+HEAL = "heal{steps=85 batch=2 learning-rate=0.0002 hidden=0 held-out=0.05 precision=bfloat16}"
+"""What two cores do in ten minutes, counted in steps so that the result does not depend on what else runs; the original
+is the teacher, and all of the calibration text is read."""
 
 
 def width(text: Path) -> Experiment:
