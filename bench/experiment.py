@@ -52,7 +52,8 @@ class Experiment:
         metric: What ``quality`` gives, and whether higher is better.
         sample: The inputs that latency is measured with.
         variants: What is compared.
-        about: What the table must say of the data and of what was found.
+        about: What the table must say of the data.
+        note: What was found, beside the numbers.
     """
 
     model: Path
@@ -63,6 +64,7 @@ class Experiment:
     sample: Mapping[str, Array]
     variants: Sequence[Variant]
     about: str = ""
+    note: str = ""
 
 
 def methods(

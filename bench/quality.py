@@ -219,7 +219,8 @@ def main() -> None:
             folder = Path(scratch) if a.keep is None else a.keep / name
             folder.mkdir(parents=True, exist_ok=True)
             dense = folder / "dense.onnx"
-            found: Row = {"metric": experiment.metric, "machine": process.machine(), "about": experiment.about}
+            found: Row = {"metric": experiment.metric, "machine": process.machine()}
+            found |= {"about": experiment.about, "note": experiment.note}
             entry = known(name, a.out)
             if not a.latency:
                 found["dense"] = prepared(experiment, dense, entry)

@@ -404,7 +404,8 @@ def quality_page(results: Row) -> str:
         header = ["method", "removed", metric, "parameters", "FLOPs", "latency", "load", "seconds"]
         dense_text = f"Dense: {metric} {dense['quality']:.4g}, {dense['parameters']:,} parameters."
         about = [found["about"], ""] if found.get("about") else []
-        lines += [f"## {name}", "", f"{dense_text} {found['machine']}.", "", *about, table(header, rows), ""]
+        more = [found["note"], ""] if found.get("note") else []
+        lines += [f"## {name}", "", f"{dense_text} {found['machine']}.", "", *about, table(header, rows), "", *more]
     return "\n".join(lines)
 
 

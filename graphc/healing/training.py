@@ -28,7 +28,7 @@ from graphc.healing.weights import Weights
 SAVE_EVERY = 60.0
 """Seconds of work that an interruption may cost."""
 
-REMEMBERED = 1 << 30
+REMEMBERED = 1 << 28
 """Bytes of the original's outputs that are kept, so that it runs each case once."""
 
 MOST_HELD_OUT = 64

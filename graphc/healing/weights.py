@@ -17,7 +17,8 @@ class Weights:
     What is exactly zero at the start stays zero: units that were pruned and not yet cut, patterns of sparse weights.
 
     Args:
-        module: Made by ``graphc.fx.to_torch``. Its own parameters are not changed.
+        module: Made by ``graphc.fx.to_torch``. Of ``all`` and ``bias-norm``, its own float32 parameters are the memory
+            of what is trained, and change with it.
         parts: ``all``: every weight. ``bias-norm``: those with one axis, biases and scales of norms. ``lora``: to each
             weight of two axes or more, seen as a matrix ``(first, others)``, a product of rank ``rank`` is added
             (Hu et al., 2021), its first factor random, its second zero, so that training starts from the model.
@@ -44,7 +45,7 @@ class Weights:
                 left = torch.zeros(rows, r)
                 self._matrices[name] = left.requires_grad_(), right.requires_grad_()
             elif parts == "all" or (parts == "bias-norm" and len(long) <= 1):
-                self._whole[name] = start.clone().requires_grad_()
+                self._whole[name] = start.requires_grad_()
             else:
                 continue
             self._frozen[name] = parameter.detach()
