@@ -1,16 +1,18 @@
-"""Attention blocks that run as one operator, and latency, for models as each tool leaves them.
+"""Compare what a session makes of models that graphc and others have fused: attention blocks, latency, memory.
 
-    flock LOCK python bench/fuse.py [--seconds S] [NAME...]
+    python bench/fuse.py [--peers PYTHON] [--seconds S] [NAME...]
 
-``input`` is what ONNX Runtime makes of the model by itself, at its highest level. All variants of a model are timed in
-one interleaved run with ONNX Runtime's defaults; ratios are to ``input``. Blocks are counted in the graph that the
-session runs, read back. Results go to ``bench/results/fuse.json`` and ``fuse.md``.
+Every variant is run by ONNX Runtime with all of its own optimisation, in turns within a model, each against the input
+in the same round. ``PYTHON`` is the interpreter of an environment with ``bench/requirements-peers.txt``. With names,
+only those models are measured again, and the others keep their results. Models that only this benchmark has are made by
+``bench/fuse_models.py``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,37 +22,37 @@ from typing import Any
 
 import cache
 import catalog
+import fuse_models
 import harness
 import numpy as np
 import process
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "fuse.json"
 MODELS = (
-    "fmnist-vit-tiny",
     "minilm-dynamo",
     "minilm-torchscript",
     "bert-torchscript",
-    "llama-dynamo",
+    "fmnist-vit-tiny",
+    *(entry.name for entry in fuse_models.ENTRIES),
     "tiny-mixtral-bytes",
+    "ppocr-rec",
+    "llama-dynamo",
     "smollm2-dynamo",
 )
 WHOLE = ("Attention", "MultiHeadAttention", "GroupQueryAttention")
-LIMIT = 120
+LIMIT = 180
 """Seconds that a tool has for a model."""
 
-LENGTHS = {"smollm2-dynamo": (128, 512)}
+LENGTHS = {"smollm2-dynamo": (128, 512), "minilm-dynamo": (16, 128), "minilm-torchscript": (16, 128)}
 """Lengths of the sequence, where not those of the catalog's first case and twice that."""
 
-_PEERS = {
-    "onnxruntime.transformers": """\
+_TRANSFORMERS = """\
 import sys
 from onnxruntime.transformers import optimizer
-name = sys.argv[1]
-kind = "vit" if "vit" in name else "gpt2" if any(n in name for n in ("llama", "mixtral", "smol")) else "bert"
-model = optimizer.optimize_model(name, model_type=kind, num_heads=0, hidden_size=0, opt_level=0)
+model = optimizer.optimize_model(sys.argv[1], model_type=sys.argv[3], num_heads=0, hidden_size=0, opt_level=0)
 model.save_model_to_file(sys.argv[2])
-""",
-    "onnxscript ort_fusions": """\
+"""
+_FUSIONS = """\
 import sys
 import onnx_ir as ir
 import onnxscript.optimizer
@@ -59,28 +61,42 @@ model = ir.load(sys.argv[1])
 onnxscript.optimizer.optimize(model)
 result = ort_fusions.optimize_for_ort(model)
 ir.save(result[0] if isinstance(result, tuple) else result, sys.argv[2])
-""",
-}
+"""
+INPUT = "input"
+KINDS = {"vit": "vit", "whisper": "bart", "llama": "gpt2", "mixtral": "gpt2", "smollm2": "gpt2"}
+"""What onnxruntime.transformers calls a model, by a part of its name."""
 
 
-def variants(original: Path, folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
+def tools(name: str) -> dict[str, harness.Command]:
+    """The command of every tool, by label."""
+    kind = next((kind for part, kind in KINDS.items() if part in name), "bert")
+    return {
+        "onnxruntime.transformers": harness.script(_TRANSFORMERS, kind),
+        "onnxscript ort_fusions": harness.script(_FUSIONS),
+        "onnxslim": harness.entry_point("import onnxslim.cli; onnxslim.cli.main()"),
+        "onnxsim": harness.entry_point("import onnxsim; onnxsim.main()"),
+        "graphc": harness.graphc(),
+        "graphc, not portable": harness.graphc("-t", "onnxruntime{portable=false}"),
+    }
+
+
+def variants(original: Path, folder: Path, peers: str) -> tuple[dict[str, Path], dict[str, str]]:
     """The file that each tool makes of a model, and why one made none."""
-    made, failed = {"input": original}, {}
-    commands = {name: [sys.executable, "-c", code] for name, code in _PEERS.items()}
-    commands["graphc"] = [sys.executable, "-m", "graphc", "optimize", "--no-cache", "--no-measure", "-q"]
-    for number, (name, command) in enumerate(commands.items()):
+    made, failed = {INPUT: original}, {}
+    for number, (label, command) in enumerate(tools(original.stem).items()):
         out = folder / f"{number}.onnx"
-        arguments = [str(original), "-o", str(out)] if name == "graphc" else [str(original), str(out)]
+        python = sys.executable if label.startswith("graphc") else peers
+        line = command(python, original, out, False)
         try:
-            done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, timeout=LIMIT)
+            done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=LIMIT)
         except subprocess.TimeoutExpired:
-            failed[name] = f"not done after {LIMIT} s"
+            failed[label] = f"not done after {LIMIT} s"
             continue
         if done.returncode == 0 and out.exists():
-            made[name] = out
+            made[label] = out
         else:
             lines = done.stderr.strip().splitlines()
-            failed[name] = lines[-1][:160] if lines else f"exit code {done.returncode}"
+            failed[label] = harness.public(lines[-1]) if lines else f"exit code {done.returncode}"
     return made, failed
 
 
@@ -106,58 +122,66 @@ def attentions(path: Path) -> int:
     return int(words.split()[2])
 
 
-def measure(name: str, seconds: float) -> dict[str, Any]:
+def measure(name: str, seconds: float, peers: str) -> dict[str, Any]:
     """Every variant of one model."""
     from graphc import runtime
 
     original = cache.model(name)
+    load = round(os.getloadavg()[0], 1)
     results = []
     with tempfile.TemporaryDirectory(dir=cache.root()) as folder:
-        made, failed = variants(original, Path(folder))
+        made, failed = variants(original, Path(folder), peers)
         sessions: dict[str, Any] = {}
         for label, path in list(made.items()):
             try:
                 sessions[label] = runtime.session(path, optimise=True)
             except Exception as error:
-                failed[label] = f"does not load: {error}"[:160]
-        for inputs in _cases(name):
+                failed[label] = harness.public(f"does not load: {error}")
+        for number, inputs in enumerate(_cases(name)):
             shape = str(list(next(iter(inputs.values())).shape))
-            wanted = sessions["input"].run(inputs)
+            wanted = sessions[INPUT].run(inputs)
             usable: dict[str, Any] = {}
             for label, session in sessions.items():
                 try:
                     found = session.run(inputs)
-                    worst = max(float(np.abs(found[key] - value).max()) for key, value in wanted.items())
-                    usable[label] = (session, worst)
+                    pairs = zip(found.values(), wanted.values(), strict=True)
+                    usable[label] = session, max(float(np.abs(a - b).max()) for a, b in pairs)
                 except Exception as error:
-                    failed[label] = f"does not run: {error}"[:160]
+                    failed[label] = harness.public(f"does not run: {error}")
             times = runtime.measure({k: s for k, (s, _) in usable.items()}, inputs, seconds=seconds)
             for label, (_, worst) in usable.items():
                 timing = times[label]
-                results.append(
-                    {
-                        "variant": label,
-                        "input": shape,
-                        "blocks": blocks(made[label]),
-                        "ms": round(timing.median * 1e3, 3),
-                        "ratio": round(timing.ratio, 3),
-                        "low": round(timing.ratio_low, 3),
-                        "high": round(timing.ratio_high, 3),
-                        "difference": worst,
-                    }
-                )
+                row: dict[str, Any] = {
+                    "variant": label,
+                    "input": shape,
+                    "ms": round(timing.median * 1e3, 3),
+                    "ratio": round(timing.ratio, 3),
+                    "low": round(timing.ratio_low, 3),
+                    "high": round(timing.ratio_high, 3),
+                    "difference": worst,
+                }
+                if number == 0:
+                    memory = runtime.peak_memory(made[label], inputs)
+                    row |= {"blocks": blocks(made[label]), "peak_mb": round((memory.peak - memory.base) / 1e6, 1)}
+                results.append(row)
     return {
         "name": name,
         "attentions": attentions(original),
         "measured": datetime.now(UTC).strftime("%Y-%m-%d"),
         "seconds": seconds,
+        "load": load,
         "results": results,
         "failed": failed,
     }
 
 
+def _entry(name: str) -> catalog.Entry:
+    own = {entry.name: entry for entry in fuse_models.ENTRIES}
+    return own[name] if name in own else catalog.entry(name)
+
+
 def _cases(name: str) -> list[dict[str, np.ndarray[Any, Any]]]:
-    first = catalog.entry(name).arrays()[0]
+    first = _entry(name).arrays()[0]
     if any(array.ndim != 2 for array in first.values()):
         return [first]
     length = next(iter(first.values())).shape[1]
@@ -165,45 +189,26 @@ def _cases(name: str) -> list[dict[str, np.ndarray[Any, Any]]]:
     return [{key: np.resize(array, (1, n)).astype(array.dtype) for key, array in first.items()} for n in wanted]
 
 
-def page(document: dict[str, Any]) -> str:
-    """The results as Markdown."""
-    lines = [
-        "# Fusion benchmark",
-        "",
-        "Written by `bench/fuse.py` from its own results; do not edit. Blocks: attentions that the session runs as one",
-        "operator. Latency: median of the ratio to the input, with ONNX Runtime's own optimisation on for all; below 1",
-        f"is faster. {document['machine']}; onnxruntime {document['versions']['onnxruntime']}.",
-        "",
-        "| model | input | variant | blocks | ms | ratio | quartiles |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
-    ]
-    for model in document["models"]:
-        for row in model["results"]:
-            lines.append(
-                f"| {model['name']} | {row['input']} | {row['variant']} | {row['blocks']} of {model['attentions']} "
-                f"| {row['ms']:.2f} | {row['ratio']:.2f} | {row['low']:.2f} to {row['high']:.2f} |"
-            )
-        for label, why in model["failed"].items():
-            lines.append(f"| {model['name']} | | {label} | | | | {why.replace('|', '/')} |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="models to measure; default: all")
-    parser.add_argument("--seconds", type=float, default=8, help="time for each model and input (8)")
     parser.add_argument(
-        "--out", type=Path, default=RESULTS / "fuse.json", help="result file; the table stands beside it"
+        "names", nargs="*", metavar="NAME", help=f"models to measure; default: all of {', '.join(MODELS)}"
     )
+    parser.add_argument("--peers", default=sys.executable, metavar="PYTHON", help="interpreter with the peers")
+    parser.add_argument("--seconds", type=float, default=8, help="time for each model and input (8)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="result file (bench/results/fuse.json)")
     arguments = parser.parse_args()
+    for name in arguments.names:
+        if name not in MODELS:
+            parser.error(f"there is no model {name}; there is: {', '.join(MODELS)}")
     path = arguments.out
     models = json.loads(path.read_text())["models"] if arguments.names and path.exists() else []
     for name in arguments.names or MODELS:
         if not cache.model(name).exists():
-            print(f"skipping {name}: make it with bench/models.py or bench/torch_models.py")
+            print(f"skipping {name}: make it with bench/models.py, bench/torch_models.py or bench/fuse_models.py")
             continue
         print(f"{name} ...", flush=True)
-        new = measure(name, arguments.seconds)
+        new = measure(name, arguments.seconds, arguments.peers)
         models = [*(each for each in models if each["name"] != name), new]
         for row in new["results"]:
             print("  ", row)
@@ -211,11 +216,11 @@ def main() -> None:
         document = {
             "schema": 1,
             "machine": process.machine(),
-            "versions": {p: harness.version(sys.executable, p) for p in ("graphc", "onnxruntime", "onnxscript")},
+            "versions": {p: harness.version(sys.executable, p) for p in ("graphc", "onnxruntime")}
+            | {p: harness.version(arguments.peers, p) for p in ("onnxscript", "onnxslim", "onnxsim")},
             "models": sorted(models, key=lambda each: MODELS.index(each["name"])),
         }
         path.write_text(json.dumps(document, indent=1) + "\n")
-        path.with_suffix(".md").write_text(page(document))
 
 
 if __name__ == "__main__":

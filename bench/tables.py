@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from compile import GRAPHC, UNVERIFIED
+from fuse_page import fuse_page
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -412,6 +413,7 @@ def quality_page(results: Row) -> str:
 PAGES: dict[str, Callable[[Row], str]] = {
     "compile": compile_page,
     "frontends": frontends_page,
+    "fuse": lambda results: fuse_page(results, table),
     "quality": quality_page,
     "shrink": shrink_page,
 }

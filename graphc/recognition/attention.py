@@ -21,6 +21,7 @@ from graphc.recognition.layout import VIEWS, Axes, Axis, Leaf, Place, moved, res
 from graphc.recognition.operator import Heads, Operands, copies, onwards
 from graphc.recognition.scores import Scores
 from graphc.rewrites.base import Refused, Rewriter, Rule
+from graphc.shapes import Shape
 
 DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
@@ -45,7 +46,7 @@ def recognise(node: ir.Node, rewriter: Rewriter) -> str | None:
         raise Refused("the rank of the scores is not known")
     if axis % rank != rank - 1:
         raise Refused(f"the softmax is over axis {axis}, not the last")
-    _only_here([*path, node, *between])
+    measured = _only_here([*path, node, *between], graph)
     scores = reading.read(path, graph)
     known = {source, *(mask.value for mask in scores.masks[:1] if len(scores.masks) == 1 and mask.fill is None)}
     if any(tested is not None and tested not in known for tested in guards):
@@ -57,7 +58,12 @@ def recognise(node: ir.Node, rewriter: Rewriter) -> str | None:
             raise Refused("how the weights are reshaped cannot be followed")
         axes = after
     second = products.read(product, graph, (side, axes))
-    return _Attention(graph, scores, second, side, bool(guards)).replace()
+    done = _Attention(graph, scores, second, side, bool(guards)).replace()
+    for each in measured:
+        asked = _asked(each, graph) if each.graph is not None and each.outputs[0].uses() else None
+        if asked is not None:
+            graph.bypass(each, graph.sizes(each, asked))
+    return done
 
 
 def _weighted(node: ir.Node) -> tuple[ir.Node, int, list[ir.Value | None], list[ir.Node]] | None:
@@ -109,17 +115,32 @@ def _guard(value: ir.Value, readers: Sequence[ir.Node]) -> tuple[ir.Node, ir.Val
     return None
 
 
-def _only_here(nodes: Sequence[ir.Node]) -> None:
-    """Refuse an attention whose scores or weights anybody else wants."""
-    inside = set(nodes)
+def _only_here(nodes: Sequence[ir.Node], graph: Graph) -> list[ir.Node]:
+    """Refuse an attention whose scores or weights anybody else wants; nodes that ask for sizes known from elsewhere."""
+    inside, measured = set(nodes), []
     for node in nodes:
         value = node.outputs[0]
         readers = list(dict.fromkeys(value.consumers()))
         if value.is_graph_output():
             raise Refused("the scores or the weights of the attention are an output of the graph")
-        others = [n for n in readers if n not in inside and not _measures(n, inside)]
+        others = []
+        for reader in readers:
+            if edit.is_op(reader, "Shape") and _asked(reader, graph):
+                measured.append(reader)
+            elif reader not in inside and not _measures(reader, inside):
+                others.append(reader)
         if len(others) > (node is nodes[-1]) and _guard(value, readers) is None:
             raise Refused("the scores or the weights of the attention are read elsewhere")
+    return measured
+
+
+def _asked(shape: ir.Node, graph: Graph) -> Shape | None:
+    """The sizes that a Shape gives, if they can be read from elsewhere."""
+    dims = graph.dims(shape.inputs[0])
+    if dims is None or shape.outputs[0].is_graph_output():
+        return None
+    wanted = dims[edit.attribute(shape, "start", 0) : edit.attribute(shape, "end")]
+    return wanted if wanted and graph.readable(wanted) else None
 
 
 def _measures(node: ir.Node, inside: set[ir.Node], depth: int = 6) -> bool:

@@ -93,6 +93,33 @@ class Graph(Rewriter):
         """The int64 vector of these numbers, for ``before`` to read."""
         return self.array(before, np.array(numbers, dtype=np.int64), "graphc." + "_".join(map(str, numbers)))
 
+    def readable(self, dims: Shape) -> bool:
+        """Whether each of these sizes is a number, or that of an axis of an input."""
+        return all(isinstance(dim, int) or self._read(dim) is not None for dim in dims)
+
+    def _read(self, dim: Dim) -> tuple[ir.Value, int] | None:
+        for value in self.model.graph.inputs:
+            dims = self.dims(value) or ()
+            if dim in dims:
+                return value, dims.index(dim)
+        return None
+
+    def sizes(self, before: ir.Node, dims: Shape) -> ir.Value:
+        """These sizes, for which ``readable`` holds, as an int64 vector for ``before`` to read."""
+        parts = []
+        like = self.ints(before, [1])
+        for dim in dims:
+            place = None if isinstance(dim, int) else self._read(dim)
+            if place is None:
+                parts.append(self.ints(before, [int(dim)]))  # type: ignore[arg-type]
+                continue
+            value, axis = place
+            bounds = {"start": axis, "end": axis + 1}
+            parts.append(self.make(before, "Shape", [value], bounds, like=like, shape=(1,)))
+        if len(parts) == 1:
+            return parts[0]
+        return self.make(before, "Concat", parts, {"axis": 0}, like=like, shape=(len(parts),))
+
     def array(self, before: ir.Node, data: edit.Array, hint: str) -> ir.Value:
         """A small constant, made once for all its readers in the same graph."""
         key = (before.graph, f"{data.dtype}{data.shape}".encode() + data.tobytes())

@@ -169,6 +169,9 @@ def _behind(place: Place, graph: Graph) -> Place | None:
         case "Expand":
             before, more = _unexpanded(axes, dims)
             copied |= more
+        case "Tile":
+            before, more = _untiled(axes, dims, node)
+            copied |= more
         case "Gather" | "Split" | "Slice":
             found = _choice(node, place.value, dims, graph)
             if found is None:
@@ -195,6 +198,22 @@ def _unexpanded(axes: Axes, dims: Shape) -> tuple[Axes | None, frozenset[Leaf]]:
             before.append(())
         else:
             return None, frozenset()
+    return tuple(before), frozenset(copied)
+
+
+def _untiled(axes: Axes, dims: Shape, node: ir.Node) -> tuple[Axes | None, frozenset[Leaf]]:
+    """The axes in front of a Tile, and the leaves along which it copies: the outer part of each axis."""
+    repeats = edit.constant(node.inputs[1], len(axes)) if len(node.inputs) > 1 else None
+    if repeats is None:
+        return None, frozenset()
+    copied: set[Leaf] = set()
+    before: list[Axis] = []
+    for axis, dim, times in zip(axes, dims, repeats.reshape(-1).tolist(), strict=True):
+        parts = regroup((axis,), (int(times), dim)) if times > 1 else ((), axis)
+        if parts is None:
+            return None, frozenset()
+        copied.update(resolve(parts[0]))
+        before.append(parts[1])
     return tuple(before), frozenset(copied)
 
 
@@ -226,12 +245,14 @@ def _choice(node: ir.Node, value: ir.Value, dims: Shape, graph: Graph) -> tuple[
 
 
 def reachable(place: Place, wanted: Axes, graph: Graph) -> int | None:
-    """How many transposes it takes from a place to axes; None if it is not possible with constant shapes.
+    """How many transposes it takes from a place to axes; None if it is not possible with sizes that can be read.
 
     Leaves along which the place is copied must not be wanted.
     """
     plan = _plan(place, settled(wanted))
-    return None if plan is None else sum(step[0] == "Transpose" for step in plan)
+    if plan is None or not all(graph.readable(shape) for _, numbers, shape in plan if numbers is None):
+        return None
+    return sum(step[0] == "Transpose" for step in plan)
 
 
 def arrange(place: Place, wanted: Axes, before: ir.Node, graph: Graph) -> ir.Value:
@@ -240,7 +261,9 @@ def arrange(place: Place, wanted: Axes, before: ir.Node, graph: Graph) -> ir.Val
     assert plan is not None
     value = place.value
     for operator, numbers, shape in plan:
-        if operator == "Transpose":
+        if numbers is None:
+            value = graph.make(before, operator, [value, graph.sizes(before, shape)], like=value, shape=shape)
+        elif operator == "Transpose":
             value = graph.make(before, operator, [value], {"perm": list(numbers)}, like=value, shape=shape)
         elif operator in ("Reshape", "Squeeze", "Unsqueeze"):
             value = graph.make(before, operator, [value, graph.ints(before, numbers)], like=value, shape=shape)
@@ -251,7 +274,8 @@ def arrange(place: Place, wanted: Axes, before: ir.Node, graph: Graph) -> ir.Val
     return value
 
 
-_Step = tuple[str, Sequence[int], Shape]
+_Step = tuple[str, Sequence[int] | None, Shape]
+"""An operator, its numbers (None: the sizes of its result, which no constant says), and the shape of its result."""
 
 
 def _plan(place: Place, wanted: Axes) -> list[_Step] | None:
@@ -291,8 +315,6 @@ def _plan(place: Place, wanted: Axes) -> list[_Step] | None:
             steps.append(("Transpose", perm, sizes(wanted)))
             return steps
     done = _reshaped(steps, axes, split)
-    if done is None:
-        return None
     turned = tuple(split[i] for i in order)
     done.append(("Transpose", tuple(order), sizes(turned)))
     return _reshaped(done, turned, wanted)
@@ -310,7 +332,7 @@ def _permutation(axes: Axes, wanted: Axes) -> tuple[int, ...] | None:
     return tuple(perm)
 
 
-def _reshaped(steps: list[_Step], axes: Axes, wanted: Axes) -> list[_Step] | None:
+def _reshaped(steps: list[_Step], axes: Axes, wanted: Axes) -> list[_Step]:
     if axes == wanted:
         return steps
     for operator, more, fewer in (("Unsqueeze", wanted, axes), ("Squeeze", axes, wanted)):
@@ -318,9 +340,7 @@ def _reshaped(steps: list[_Step], axes: Axes, wanted: Axes) -> list[_Step] | Non
         if ones is not None:
             return [*steps, (operator, ones, sizes(wanted))]
     numbers = target(sizes(axes), sizes(wanted), None)
-    if isinstance(numbers, str):
-        return None
-    return [*steps, ("Reshape", tuple(numbers), sizes(wanted))]
+    return [*steps, ("Reshape", None if isinstance(numbers, str) else tuple(numbers), sizes(wanted))]
 
 
 def _ones(more: Axes, fewer: Axes) -> tuple[int, ...] | None:

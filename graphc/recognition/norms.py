@@ -32,7 +32,10 @@ _REDUCTIONS = {
     "ReduceSumSquare": lambda x, axes, keep: (x * x).sum(axis=axes, keepdims=keep),
     "ReduceL2": lambda x, axes, keep: np.sqrt((x * x).sum(axis=axes, keepdims=keep)),
 }
-_KNOWN = (*_BINARY, *_UNARY, *_REDUCTIONS, "Cast")
+_POOL = "GlobalAveragePool"
+"""The mean over all axes from the third on, as which TensorFlow's exporters write that over the last of three."""
+_MEANS = (*_REDUCTIONS, _POOL)
+_KNOWN = (*_BINARY, *_UNARY, *_MEANS, "Cast")
 
 _TOLERANCE = 1e-6
 """Relative; a variance divided by one element less differs by more up to a width of a million, float32 constants by
@@ -114,7 +117,7 @@ def _follows_reduction(root: ir.Node) -> bool:
         node = value.producer() if value is not None else None
         if not edit.is_op(node, *_KNOWN):
             return False
-        if edit.is_op(node, *_REDUCTIONS):
+        if edit.is_op(node, *_MEANS):
             return True
     return False
 
@@ -188,15 +191,15 @@ def _axis(region: list[ir.Node], x: ir.Value, rewriter: Rewriter) -> int | None:
     Raises:
         Refused: It reduces other axes, or their sizes are not known.
     """
-    found = {_reduced(node) for node in region if node.op_type in _REDUCTIONS}
+    shape = rewriter.shape(x)
+    rank = 0 if shape is None else len(shape)
+    found = {_reduced(node, rank) for node in region if node.op_type in _MEANS}
     if len(found) != 1:
         return None
     axes = found.pop()
-    shape = rewriter.shape(x)
     if axes is None or shape is None:
         raise Refused("the rank of what is normalised is not known")
-    rank = len(shape)
-    normalised = sorted(a % rank for a in axes)
+    normalised = list(axes)
     if not normalised or normalised != list(range(rank - len(normalised), rank)):
         raise Refused("the normalised axis is not the last")
     if any(not isinstance(shape[a], int) for a in normalised):
@@ -204,13 +207,15 @@ def _axis(region: list[ir.Node], x: ir.Value, rewriter: Rewriter) -> int | None:
     return -len(normalised)
 
 
-def _reduced(node: ir.Node) -> tuple[int, ...] | None:
-    """The axes of a reduction, if they are constant."""
+def _reduced(node: ir.Node, rank: int) -> tuple[int, ...] | None:
+    """The axes of a reduction of a value of this rank, from 0 on and in order, if they are constant."""
+    if node.op_type == _POOL:
+        return tuple(range(2, rank)) or None
     axes = edit.attribute(node, "axes")  # up to opset 17
     if axes is None and len(node.inputs) > 1:
         held = edit.constant(node.inputs[1], limit=8)
         axes = None if held is None else tuple(int(a) for a in held.reshape(-1))
-    return None if axes is None else tuple(axes)
+    return None if axes is None or not rank else tuple(sorted(a % rank for a in axes))
 
 
 def _meaning(region: list[ir.Node], x: ir.Value, axis: int, rewriter: Rewriter) -> _Norm | None:
@@ -309,8 +314,11 @@ def _compute(node: ir.Node, values: dict[ir.Value, Array]) -> Array | None:
         if node.op_type in _UNARY:
             result = _UNARY[node.op_type](operand(0))
             return result
+        if node.op_type == _POOL:
+            result = operand(0).mean(axis=tuple(range(2, operand(0).ndim)), keepdims=True)
+            return result
         if node.op_type in _REDUCTIONS:
-            axes = _reduced(node)
+            axes = _reduced(node, operand(0).ndim)
             if axes is None:
                 return None
             result = _REDUCTIONS[node.op_type](operand(0), axes, bool(edit.attribute(node, "keepdims", 1)))

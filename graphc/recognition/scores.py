@@ -107,10 +107,20 @@ def read(path: Sequence[ir.Node], graph: Graph) -> Scores:
     axes = scores.product.result
     value = path[0].outputs[0]
     divided = 0.0
+    chosen: ir.Value | None = None
     for node in path[1:]:
+        if chosen is not None:
+            scores.masks.append(_selected(node, value, chosen, axes, graph))
+            value, chosen = node.outputs[0], None
+            continue
         match node.op_type:
             case "Mul" | "Div":
                 number = _number(node, value)
+                if number is None and node.op_type == "Mul":
+                    chosen = _chooses(next(v for v in node.inputs if v is not value))
+                    if chosen is not None:
+                        value = node.outputs[0]
+                        continue
                 if number is None:
                     raise Refused("the scores are multiplied by something that is not one constant")
                 if node.op_type == "Div":
@@ -164,6 +174,30 @@ def read(path: Sequence[ir.Node], graph: Graph) -> Scores:
         raise Refused("the scale of the scores is not positive")
     scores.axes = axes
     return scores
+
+
+def _chooses(value: ir.Value | None) -> ir.Value | None:
+    """The boolean that a value is the 1 and 0 of."""
+    node = value.producer() if value is not None else None
+    if not edit.is_op(node, "Cast") or node is None or node.inputs[0] is None:
+        return None
+    return node.inputs[0] if node.inputs[0].dtype == ir.DataType.BOOL else None
+
+
+def _selected(node: ir.Node, value: ir.Value, condition: ir.Value, axes: Axes, graph: Graph) -> Mask:
+    """The mask of ``scores * cast(condition) + number * cast(not condition)``, for which others have Where."""
+    masked = next((v for v in node.inputs if v is not value), None)
+    product = masked.producer() if masked is not None else None
+    if edit.is_op(node, "Add") and edit.is_op(product, "Mul") and product is not None:
+        for number, other in (tuple(product.inputs), tuple(reversed(product.inputs))):
+            fill, opposite = edit.scalar(number), _chooses(other)
+            denied = opposite.producer() if opposite is not None else None
+            same = edit.is_op(denied, "Not") and denied is not None and denied.inputs[0] is condition
+            if fill is not None and same:
+                if graph.dims(node.outputs[0]) != graph.dims(node.inputs[0]):
+                    raise Refused("a mask is larger than the scores")
+                return Mask(condition, _aligned(condition, axes, value, graph), node, float(fill))
+    raise Refused("the scores are multiplied by something that is not one constant")
 
 
 def _scaled(mask: Mask, number: float) -> Mask:

@@ -299,7 +299,10 @@ def _bound(at: Dim | None, size: Dim, step: int) -> Dim | None:
         return symbolic.minimum(at, size)
     if isinstance(at, int):
         return symbolic.maximum(symbolic.add(size, at), 0)
-    return None
+    back = symbolic.mul(at, -1)
+    if back == size:
+        return 0  # also where both are 0
+    return symbolic.maximum(symbolic.sub(size, back), 0) if symbolic.positive(back) else None
 
 
 def sliced(start: Dim | None, end: Dim | None, step: int, size: Dim) -> tuple[Dim | None, Dim | None]:
