@@ -274,3 +274,50 @@ def test_exported_fragments(name: str) -> None:
 
 def _kinds(model: ir.Model) -> Counter[tuple[str, int]]:
     return Counter((group.kind, group.size) for group in coupled_groups(model))
+
+
+def _masked(kind: str) -> ir.Model:
+    """One attention whose queries see the keys up to their own."""
+    w = Writer()
+    size = "S" if kind in ("range", "turned", "trilu", "later") else 6
+    q, k, v = (w.input(n, f"float[B,2,{size},4]") for n in "qkv")
+    s = w("Mul", w("MatMul", q, w("Transpose", k, perm=(0, 1, 3, 2))), np.float32(0.5))
+    count = w("Squeeze", w("Shape", q, start=2, end=3))
+    each = w("Range", np.int64(0), count, np.int64(1))
+    rows, columns = w("Unsqueeze", each, [1]), w("Unsqueeze", each, [0])
+    ones = np.ones((6, 6), bool)
+    match kind:
+        case "range":
+            s = w("Where", w("LessOrEqual", columns, rows), s, np.float32(-np.inf))
+        case "later":
+            s = w("Add", s, w("Where", w("Greater", columns, rows), np.float32(LOWEST), np.float32(0)))
+        case "turned":
+            s = w("Where", w("LessOrEqual", rows, columns), s, np.float32(-np.inf))
+        case "trilu":
+            square = w("Expand", np.array([[True]]), w("Shape", s, start=2, end=4))
+            kept = w("Unsqueeze", w("Trilu", square, upper=0), [0, 1])
+            s = w("Add", s, w("Where", w("Not", kept), np.float32(-np.inf), np.float32(0)))
+        case "constant":
+            s = w("Add", s, np.where(np.tril(ones), 0, -np.inf))
+        case "slice":
+            whole = np.tril(np.ones((1, 1, 9, 9), bool))
+            s = w("Where", w("Slice", whole, [0, 0], [6, 6], [2, 3]), s, np.float32(LOWEST))
+        case "window":
+            s = w("Add", s, np.where(np.tril(ones) & np.triu(ones, -2), 0, -np.inf))
+        case "shifted":
+            s = w("Add", s, np.where(np.tril(ones, 1), 0, -np.inf))
+    return w.model(w("MatMul", w("Softmax", s), v))
+
+
+@pytest.mark.parametrize(
+    "kind, causal",
+    [
+        *((kind, 1) for kind in ("range", "later", "trilu", "constant", "slice")),
+        *((kind, 0) for kind in ("turned", "window", "shifted")),
+    ],
+)
+def test_a_mask_that_is_certainly_causal_becomes_an_attribute(kind: str, causal: int) -> None:
+    after, _ = recognised(_masked(kind))
+    (node,) = [n for n in edit.nodes(after) if n.op_type == "Attention"]
+    assert edit.attribute(node, "is_causal", 0) == causal
+    assert len(node.inputs) == (3 if causal else 4)

@@ -258,8 +258,11 @@ class _Attention:
         scale = scores.scale * plan.factor
         if scale <= 0:
             raise Refused("the scale of the scores is not positive")
-        mask = masks.build(scores, self.heads, self.places["q"], self.guarded, dtype, before, graph)
-        attributes: dict[str, float | int] = {"scale": scale}
+        causal = masks.causal(scores, self.heads, dtype, graph)
+        mask = None
+        if not causal:
+            mask = masks.build(scores, self.heads, self.places["q"], self.guarded, dtype, before, graph)
+        attributes: dict[str, float | int] = {"scale": scale, **({"is_causal": 1} if causal else {})}
         if scores.cap:
             attributes["softcap"] = scores.cap
         if scores.upcast is not None and scores.upcast != dtype:

@@ -12,6 +12,7 @@ from graphc import edit
 from graphc.recognition.graph import Graph
 from graphc.recognition.layout import Axes, Axis, Place, arrange, reachable, resolve, settled, size, trace
 from graphc.recognition.scores import Mask, Scores, absorbs, extremes, lowest, nearly_lowest, never_empty
+from graphc.recognition.triangles import is_lower_triangle
 from graphc.rewrites.base import Refused
 from graphc.shapes.symbolic import Dim
 
@@ -66,6 +67,33 @@ def build(
     if nan:
         total = _with_nan(total, before, graph)
     return _whole(total, shape, queries, before, graph)
+
+
+def causal(scores: Scores, heads: Heads, dtype: ir.DataType, graph: Graph) -> bool:
+    """Whether the one mask certainly lets every query see the keys up to its own position, and no others."""
+    if len(scores.masks) != 1 or size(heads.queries) != size(heads.keys):
+        return False
+    (mask,) = scores.masks
+    axes = settled(mask.axes)
+    if len(axes) < 2 or axes[-2:] != (resolve(heads.queries), resolve(heads.keys)) or any(axes[:-2]):
+        return False
+    if mask.fill is not None:
+        hides = mask.fill == _INFINITE or absorbs(mask.fill, dtype)
+        return hides and is_lower_triangle(mask.value, mask.keeps, graph)
+    held = edit.constant(mask.value, 1 << 22)
+    if held is not None:
+        rows = held.reshape(held.shape[-2:]).astype(np.float64) * mask.factor
+        lower = np.tri(*rows.shape, dtype=np.bool_)
+        return bool((rows[lower] == 0).all() and (rows[np.logical_not(lower)] <= lowest(dtype) / 4).all())
+    node = mask.value.producer()
+    if mask.factor != 1.0 or not edit.is_op(node, "Where") or node is None or node.inputs[0] is None:
+        return False
+    values = [edit.scalar(v) for v in node.inputs[1:3]]
+    for keeps in (True, False):
+        kept, hidden = values if keeps else reversed(values)
+        if kept == 0 and hidden is not None and absorbs(float(hidden), dtype):
+            return is_lower_triangle(node.inputs[0], keeps, graph)
+    return False
 
 
 def _check(found: Sequence[Mask], guarded: bool, dtype: ir.DataType, graph: Graph) -> None:
