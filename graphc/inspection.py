@@ -58,8 +58,7 @@ def inspect(source: Path | Source) -> dict[str, Any]:
         "dynamic axes": ", ".join(sorted(_dynamic(model))) or "none",
         "local functions": len(model.functions),
     }
-    if found := _attentions(loaded):
-        summary["attention"] = found
+    summary |= _census(loaded)
     return {
         "schema": "graphc-inspect/1",
         "summary": summary,
@@ -77,11 +76,11 @@ def inspect(source: Path | Source) -> dict[str, Any]:
     }
 
 
-def _attentions(loaded: Source) -> str:
-    """How many attentions can be recognised; "" without attention."""
+def _census(loaded: Source) -> dict[str, str]:
+    """How many attentions and mixtures of experts can be recognised, where there are any."""
     from graphc.contract import Capabilities
     from graphc.errors import BadInput
-    from graphc.recognition.census import attentions
+    from graphc.recognition import census
 
     try:
         from graphc import runtime
@@ -89,7 +88,11 @@ def _attentions(loaded: Source) -> str:
         target = runtime.capabilities()
     except BadInput:
         target = Capabilities("onnxruntime", max_ir=10, max_opset={"": 23})
-    return attentions(loaded.model, target)
+    found = {
+        "attention": census.attentions(loaded.model, target),
+        "experts": census.mixtures(loaded.model, target),
+    }
+    return {what: words for what, words in found.items() if words}
 
 
 def _operator(node: ir.Node) -> str:

@@ -27,6 +27,7 @@ FormName = Literal[
     "group-query-attention",
     "quick-gelu",
     "bias-gelu",
+    "moe",
     "sum-norm",
     "joint-product",
     "unpacked-product",
@@ -49,6 +50,7 @@ class Lower(Pass):
     - ``group-query-attention``: Attention of one token with its cache becomes GroupQueryAttention.
     - ``quick-gelu``: A product with a Sigmoid of the same becomes QuickGelu.
     - ``bias-gelu``: Add of a vector and Gelu become BiasGelu.
+    - ``moe``: A router, the experts that it picks and their sum become MoE.
     - ``sum-norm``: Add before LayerNormalization becomes Sum, which the session does not fuse with it: its
       SkipLayerNormalization may be slower than the two.
     - ``joint-product``: Up to four MatMul of one input become one, and a Split.

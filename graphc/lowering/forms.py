@@ -7,7 +7,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from graphc import edit
-from graphc.lowering import cached, weights
+from graphc.lowering import cached, experts, weights
 from graphc.lowering.site import Site
 from graphc.recognition.graph import Graph
 from graphc.rewrites.base import Refused, sole_reader
@@ -119,6 +119,7 @@ FORMS: dict[str, tuple[tuple[str, ...], Callable[[ir.Node, Graph], Site | None]]
     "group-query-attention": (("Attention",), cached.group_query),
     "quick-gelu": (("Sigmoid",), _quick_gelu),
     "bias-gelu": (("Gelu",), _bias_gelu),
+    "moe": (("TopK",), experts.find),
     "sum-norm": (("LayerNormalization",), _sum_norm),
     "joint-product": (("MatMul",), weights.joint),
     "unpacked-product": (("MatMul",), weights.unpacked),

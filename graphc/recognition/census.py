@@ -1,12 +1,17 @@
-"""How many attentions a model has, and how many of them the pass ``recognise`` can write as Attention."""
+"""How many attentions and mixtures of experts a model has, and how many of them are recognised."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import onnx_ir as ir
 
 from graphc import edit
 from graphc.contract import Capabilities, Context, PassResult
 from graphc.recipe import Recipe
+from graphc.recognition import experts
+from graphc.recognition.graph import Graph
+from graphc.rewrites.base import Refused
 
 _WHOLE = ("Attention", "MultiHeadAttention", "GroupQueryAttention", "QAttention", "PackedMultiHeadAttention")
 
@@ -32,3 +37,22 @@ def attentions(model: ir.Model, target: Capabilities) -> str:
         return ""
     why = "; ".join(f"{refusal.count}: {refusal.reason}" for refusal in missed)
     return f"{whole} of {total} recognised" + (f" ({why})" if why else "")
+
+
+def mixtures(model: ir.Model, target: Capabilities) -> str:
+    """As ``attentions``, for routers with the experts that they pick; "" for a model without."""
+    if not any(edit.is_op(node, "TopK") for node in edit.nodes(model)):
+        return ""
+    copy = model.clone()
+    for each in Recipe.parse("simplify").passes:
+        each.run(copy, Context(target))
+    graph = Graph(copy, frozenset(), target)
+    found, missed = 0, Counter[str]()
+    for node in edit.nodes(copy):
+        try:
+            found += experts.find(node, graph) is not None
+        except Refused as refusal:
+            missed[refusal.reason] += 1
+    total = found + missed.total()
+    why = "; ".join(f"{count}: {reason}" for reason, count in missed.items())
+    return f"{found} of {total} recognised" + (f" ({why})" if why else "") if total else ""

@@ -1,0 +1,148 @@
+"""Mixtures of experts as MoE of ``com.microsoft``: which of its settings computes the same is tried out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from graphc import edit
+from graphc.edit import Array
+from graphc.errors import BadInput
+from graphc.lowering.site import DOMAIN, Site
+from graphc.lowering.steps import Step, between, constant, ints
+from graphc.lowering.timed import models
+from graphc.recognition import experts
+from graphc.recognition.experts import Mixture
+from graphc.recognition.graph import Graph
+from graphc.rewrites.base import Refused
+from graphc.rewrites.base import dims as sizes_of
+from graphc.shapes.symbolic import Expr, symbol
+
+_LARGEST = 1 << 29
+"""Bytes of weights up to which an equal is looked for: they are held in memory for it."""
+
+_GATED: dict[str, Any] = {
+    "activation_type": "swiglu",
+    "swiglu_fusion": 1,
+    "activation_alpha": 1.0,
+    "activation_beta": 0.0,
+}
+_PLAIN = ("silu", "gelu", "relu")
+
+_TOLERANCE = 1e-4
+"""Relative to the largest number; another setting differs by more than a hundredth."""
+
+
+def find(node: ir.Node, graph: Graph) -> Site | None:
+    """The mixture of a router, if MoE computes the same."""
+    found = experts.find(node, graph)
+    if found is None:
+        return None
+    held = [t for t in (edit.tensor(found.first), edit.tensor(found.second)) if t is not None]
+    if len(held) < 2 or {found.tokens.dtype, *(t.dtype for t in held)} != {ir.DataType.FLOAT}:
+        raise Refused("MoE computes in float32, with constant weights")
+    if sum(edit.nbytes(t) for t in held) > _LARGEST:
+        raise Refused("the weights of the experts are too large to try them out")
+    dims = graph.dims(found.tokens)
+    if dims is None or not isinstance(dims[-1], int):
+        raise Refused("the width of the tokens is not known")
+    for site in _candidates(found, len(dims), dims[-1], held):
+        if _equal(site, graph):
+            return site
+    raise Refused("no setting of MoE computes the same")
+
+
+def _candidates(found: Mixture, rank: int, width: int, held: Sequence[ir.TensorProtocol]) -> Iterator[Site]:
+    """MoE in every setting that the sizes of the weights allow."""
+    first, second = (sizes_of(t) for t in held)
+    for turned in (False, True) if first[1] == first[2] else (first[2] != width,):
+        inner = first[2] if turned else first[1]
+        outer = first[1] if turned else first[2]
+        if outer != width:
+            continue
+        for swapped in (False, True):
+            hidden = second[1] if swapped else second[2]
+            if (second[2] if swapped else second[1]) != width or inner not in (hidden, 2 * hidden):
+                continue
+            last = _weights(held[1], "second", partial(_rows, turned=swapped, order=""), (width, hidden))
+            for order in ("halves", "swapped halves", "pairs") if inner == 2 * hidden else ("",):
+                rows = _weights(held[0], "first", partial(_rows, turned=turned, order=order), (inner, width))
+                for attributes in [_GATED] if inner == 2 * hidden else [{"activation_type": name} for name in _PLAIN]:
+                    for normalised in (1, 0):
+                        settings = {"k": found.chosen, "normalize_routing_weights": normalised, **attributes}
+                        steps = []
+                        tokens = found.tokens
+                        if rank != 2:
+                            tokens = between(f"{tokens.name}.rows", tokens, (symbol("rows"), width))
+                            steps.append(Step("Reshape", (found.tokens, ints(-1, width)), (tokens,)))
+                        reads = (tokens, found.logits, rows, None, last)
+                        steps.append(Step("MoE", reads, (found.output,), settings, DOMAIN))
+                        inputs = (found.tokens, found.logits, found.first, found.second)
+                        yield Site(
+                            "moe",
+                            "MoE",
+                            found.nodes[::-1],
+                            inputs,
+                            (found.output,),
+                            {"k": found.chosen},
+                            steps=tuple(steps),
+                        )
+
+
+def _rows(stack: Array, turned: bool, order: str) -> Array:
+    """The weights of the first product, ``(experts, rows, width)``, gates and their factors in turns."""
+    stack = stack.transpose(0, 2, 1) if turned else stack
+    if order not in ("halves", "swapped halves"):
+        return stack
+    half = stack.shape[1] // 2
+    pair = stack[:, :half], stack[:, half:]
+    if order == "swapped halves":
+        pair = pair[1], pair[0]
+    return np.stack(pair, axis=2).reshape(stack.shape)
+
+
+def _weights(held: ir.TensorProtocol, name: str, change: Callable[[Array], Array], shape: tuple[int, int]) -> ir.Value:
+    """A constant that is not in the graph yet."""
+    sizes = ir.Shape([int(sizes_of(held)[0]), *shape])
+    label = f"{held.name}.{name}"
+
+    def compute() -> ir.TensorProtocol:
+        return ir.tensor(np.ascontiguousarray(change(held.numpy())), name=label)
+
+    return constant(label, ir.LazyTensor(compute, dtype=held.dtype, shape=sizes, name=label, cache=False))
+
+
+def _equal(site: Site, graph: Graph) -> bool:
+    """Whether both compute the same of random tokens that reach every expert."""
+    from graphc import runtime
+
+    # Sizes that are not known are those of as many tokens.
+    tokens = graph.dims(site.inputs[0]) or ()
+    atoms = {atom for dim in tokens if isinstance(dim, Expr) for term, _ in dim.terms for atom in term}
+    numbers = {atom: 8 if len(atoms) > 1 else 64 for atom in atoms}
+
+    def shape(value: ir.Value) -> list[int]:
+        return [_number(dim, numbers) for dim in graph.dims(value) or ()]
+
+    rng = np.random.default_rng(0)
+    before, after, shapes = models(site, graph, shape)
+    feeds = {name: rng.standard_normal(size).astype(np.float32) for name, size in shapes.items()}
+    try:
+        wanted, found = (
+            next(iter(runtime.session(model, optimise=False, threads=1).run(feeds).values()))
+            for model in (before, after)
+        )
+    except BadInput:
+        return False
+    return wanted.shape == found.shape and bool(np.abs(wanted - found).max() <= _TOLERANCE * np.abs(wanted).max())
+
+
+def _number(dim: object, numbers: Mapping[str, int]) -> int:
+    if not isinstance(dim, Expr):
+        return int(dim)  # type: ignore[call-overload, no-any-return]
+    return sum(factor * math.prod(numbers.get(atom, 1) for atom in term) for term, factor in dim.terms)
