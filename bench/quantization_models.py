@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +44,8 @@ class Experiment:
         metric: What that is.
         sample: The inputs that latency is measured with.
         variants: Their names.
-        recipe: The exact passes that come first, once for all variants.
+        recipe: The exact passes that come first, once for all variants; if there are none, graphc's variants have all
+            of them.
         about: What else a reader has to know.
     """
 
@@ -175,6 +178,38 @@ def _smollm2(text: Path) -> Experiment:
     )
 
 
+DECODE = ("graphc int8 weights", "graphc int4/32", "graphc int4/128", "graphc int4/128, packed head", "ort int4/128")
+
+
+def _decode(text: Path) -> Experiment:
+    """SmolLM2-135M with its cache, as torch exports it: one token after 128. graphc's recipes have its exact passes."""
+    import frontend_folders as folders
+
+    model, folder = cache.model("smollm2-decoder"), cache.root() / "smollm2-hf"
+    if not model.exists():
+        with tempfile.TemporaryDirectory() as scratch:
+            folders.export(folder, Path(scratch) / "out", "merged")
+            shutil.move(Path(scratch) / "out" / "model.onnx", model)
+    inputs = folders.interface(folder, "merged")["model"]
+    prompt = folders.arrays(inputs, {**folders.TEXT, folders.SEQUENCE: 129})
+    rows = [window["input_ids"][:, :129] for window in quality_lm.windows(text / "text_heldout.txt", 16)]
+
+    def logits(path: Path) -> Array:
+        session = runtime.session(path, optimise=True, threads=1)
+        return np.concatenate([session.run({**prompt, "input_ids": row})["logits"][:, -1] for row in rows])
+
+    def divergence(path: Path, dense: Path) -> float:
+        """KL divergence of what comes after 129 tokens of held-out texts, in nats."""
+        p, q = (x - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)) - x.max(-1, keepdims=True)
+                for x in (logits(dense).astype(np.float64), logits(path).astype(np.float64)))  # fmt: skip
+        return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+    sample = folders.arrays(inputs, {**folders.TOKEN, folders.PAST: 128})
+    return Experiment(
+        model, lambda: [], divergence, "divergence", sample, DECODE, "", "Latency of one token after 128."
+    )
+
+
 def _mixtral(text: Path) -> Experiment:
     """A Mixtral of bytes."""
     known = quality.EXPERIMENTS["tiny_mixtral"](text)
@@ -254,5 +289,6 @@ EXPERIMENTS: dict[str, Callable[[Path], Experiment]] = {
     "minilm": _minilm,
     "ppocr-rec": _ppocr,
     "smollm2": _smollm2,
+    "smollm2-decode": _decode,
     "tiny_mixtral": _mixtral,
 }

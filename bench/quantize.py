@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -32,6 +33,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "quantize.json"
 Row = dict[str, Any]
 
+EXACT = "simplify,fuse,shrink,recognise,simplify,lower"
+
 GRAPHC = {
     "graphc int8 weights": "quantize",
     "graphc int8 dynamic": "quantize{scheme=dynamic}",
@@ -40,6 +43,7 @@ GRAPHC = {
     "graphc int8 static, full range": "quantize{scheme=static rounding=gptq correct=true full-range=true}",
     "graphc int4/32": "quantize{bits=4 block=32 clip=mse}",
     "graphc int4/128": "quantize{bits=4 block=128}",
+    "graphc int4/128, packed head": "quantize{bits=4 block=128 embeddings=4},lower-int8",
     "graphc int4/32 gptq": "quantize{bits=4 block=32 rounding=gptq clip=mse}",
     "graphc int4/128 gptq": "quantize{bits=4 block=128 rounding=gptq clip=mse}",
     "graphc int4/128 asymmetric gptq": "quantize{bits=4 block=128 symmetric=false rounding=gptq clip=mse}",
@@ -113,10 +117,13 @@ def make(experiment: Experiment, variant: str, source: Path, target: Path) -> No
         needs = variant == "ort static"
         PEERS[variant](source, target, experiment.calibration() if needs else [])
         return
-    recipe = GRAPHC[variant]
+    recipe = GRAPHC[variant] if experiment.recipe else f"{EXACT},{GRAPHC[variant]}"
     calibrated = "static" in recipe or "gptq" in recipe
     samples = experiment.calibration() if calibrated else None
-    report = pipeline.optimize(source, target, recipe=recipe, calibrate=samples, measure=False, verify=False)
+    runtime_only = "onnxruntime{portable=false}" if "lower-int8" in recipe else "onnxruntime"
+    report = pipeline.optimize(
+        source, target, recipe=recipe, target=runtime_only, calibrate=samples, measure=False, verify=False
+    )
     for each in report.passes:
         for refusal in each.refusals:
             print(f"    {refusal.reason} (x{refusal.count})")
@@ -186,8 +193,10 @@ def written(row: Row, experiment: Experiment, name: str, found: Row, out: Path) 
 
 def prepared(experiment: Experiment, dense: Path) -> Row:
     """Write the model after its exact passes, and say what it is."""
-    if not dense.exists():
+    if not dense.exists() and experiment.recipe:
         pipeline.optimize(experiment.model, dense, recipe=experiment.recipe, measure=False, verify=False)
+    elif not dense.exists():
+        shutil.copy(experiment.model, dense)
     return {"quality": experiment.quality(dense, dense), "bytes": dense.stat().st_size}
 
 

@@ -41,6 +41,9 @@ MEASURED = 64 << 20
 EMBEDDED = 32
 """Elements of a row of an embedding that share a scale, if it has fewer than 8 bits and nothing else is asked for."""
 
+NO_LIMITS: dict[str, Any] = {"keep": 0, "budget": 0.0, "megabytes": 0.0, "time": 0.0}
+"""Options with which all layers are quantized alike."""
+
 SHORT = 4
 """Inputs of an output from which the later ones can make up for what GPTQ does to the earlier."""
 
@@ -88,7 +91,14 @@ class Quantize(Pass):
     budget: float = option(
         0.0, "Bits per weight, scales included, that layers share by what their errors cost; 0: none."
     )
-    choices: tuple[int, ...] = option((2, 3, 4, 8), "For budget: the bits that a layer may get; or its own type.")
+    megabytes: float = option(
+        0.0, "Instead of budget: megabytes that all quantized weights may take together; 0: none."
+    )
+    time: float = option(
+        0.0, "Instead of budget: the part of float32's time that products may take, as timed on the target; 0: none."
+    )
+    rows: int = option(1, "For time: the rows that products are timed with.")
+    choices: tuple[int, ...] = option((2, 3, 4, 8), "For a budget: the bits that a layer may get; or its own type.")
     keep: int = option(0, "How many layers, the most sensitive first, get the fallback; what the gate raises.")
     fallback: int = option(0, "Bits of layers that are kept; 0: 8 for fewer bits, else their own type.")
     sensitivity: Literal["auto", "outputs", "layers"] = option(
@@ -113,7 +123,7 @@ class Quantize(Pass):
             )
         if self.form != "int" and (self.bits != 8 or not self.symmetric or self.rounding != "nearest"):
             raise BadInput("floats have 8 bits, a sign, and no gptq", where=where, hint="leave the other options out")
-        plain = self.bits == 8 and not self.block and self.symmetric and self.form == "int" and not self.budget
+        plain = self.bits == 8 and not self.block and self.symmetric and self.form == "int" and not self._limits
         if self.scheme != "weights" and not plain:
             raise BadInput(
                 f"scheme={self.scheme} takes symmetric 8-bit integers with a scale for each output",
@@ -125,14 +135,22 @@ class Quantize(Pass):
             or not 0 <= self.alpha <= 1
             or not 50 < self.percentile <= 100
             or self.keep < 0
-            or self.budget < 0
+            or min(self._limits, default=0) < 0
+            or self.rows < 1
         ):
             raise BadInput(
                 "an option is out of its range", where=where, hint="damp > 0, percentile 50 to 100, keep >= 0"
             )
+        if len(self._limits) > 1:
+            raise BadInput("budget, megabytes and time are three ways to limit the same", where=where, hint="give one")
         for kind in self.kinds:
             if kind not in KINDS:
                 raise BadInput(f"weights of '{kind}' are not looked at", where=where, hint=", ".join(KINDS))
+
+    @property
+    def _limits(self) -> list[float]:
+        """The limits that layers share; one at most."""
+        return [limit for limit in (self.budget, self.megabytes, self.time) if limit]
 
     def needs(self, model: ir.Model) -> Needs:
         wanted = (
@@ -141,17 +159,15 @@ class Quantize(Pass):
             or self.scaling != "none"
             or self.correct
             or self.keep
-            or self.budget
+            or self._limits
         )
-        return Needs(calibration=bool(wanted))
+        return Needs(calibration=bool(wanted), timings=bool(self.time))
 
     def caveats(self, model: ir.Model, ctx: Context) -> Iterable[str]:
         """What makes this way of quantizing pointless on the target, as known or as measured there."""
         found = [*advice.notes(self, model, ctx.target)]
         if ctx.time is not None:
-            off: dict[str, Any] = {"rounding": "nearest", "scaling": "none", "clip": "none", "correct": False}
-            off |= {"budget": 0.0, "keep": 0, "least": 0, "include": (), "exclude": ()}
-            found += speed.caveats(model, dataclasses.replace(self, **off), ctx)
+            found += speed.caveats(model, self._plain(), ctx)
         return [f"quantize: {text}" for text in found]
 
     def levels(self, model: ir.Model) -> Sequence[Pass]:
@@ -184,7 +200,7 @@ class Quantize(Pass):
             result.note(f"quantize: {note}")
         if self.scaling != "none":
             self._scale(model, [(site, way) for site, way in zip(found, ways, strict=True) if way], ctx, result)
-        if self.budget:
+        if self._limits:
             ways = self._allocated(model, found, ways, ctx, result)
         if self.keep:
             ways = self._kept(model, found, ways, ctx, result)
@@ -273,7 +289,7 @@ class Quantize(Pass):
             mode = "outputs" if sum(s.held.nbytes for s in found) <= MEASURED and ctx.calibration else "layers"
         if mode == "outputs" and not ctx.calibration:
             raise BadInput("sensitivity=outputs needs calibration data", where="quantize", hint="--calibrate")
-        plain = dataclasses.replace(self, keep=0, budget=0.0, rounding="nearest", sensitivity=mode)
+        plain = dataclasses.replace(self, **NO_LIMITS, rounding="nearest", sensitivity=mode)
 
         def measure() -> list[list[float]]:
             if mode == "layers":
@@ -332,12 +348,31 @@ class Quantize(Pass):
         version = model.graph.opset_imports.get("", 0)
         choices: list[list[Way | None]] = []
         for site, way in zip(found, ways, strict=True):
-            own = [self._way(site, bits) for bits in sorted(self.choices)] if way and not site.gathers else []
+            # How long a convolution takes does not go by its elements.
+            said = way and not site.gathers and not (self.time and len(site.shape) != 2)
+            own = [self._way(site, bits) for bits in sorted(self.choices)] if said else []
             choices.append([each for each in own if each and each[0].opset <= version] + ([None] if own else []))
+        costs = [[float(allocation.nbytes(site, way)) for way in row] for site, row in zip(found, choices, strict=True)]
+        shared = [site for site, row in zip(found, choices, strict=True) if row]
+        limit = self.budget * sum(site.held.size for site in shared) / 8
+        if self.megabytes:
+            fixed = zip(found, ways, choices, strict=True)
+            limit = self.megabytes * 1e6 - sum(allocation.nbytes(site, way) for site, way, row in fixed if not row)
+        elif self.time:
+            costs = speed.costs(found, choices, lambda bits: self._plain(bits=bits), self.rows, ctx)
+            limit = self.time * sum(site.held.size for site in shared)
         losses = self._losses(model, found, choices, ctx)
-        new, note = allocation.share(found, ways, choices, losses, self.budget)
+        new, note = allocation.share(found, ways, choices, losses, costs, limit)
+        spent = sum(c[row.index(way)] for c, row, way in zip(costs, choices, new, strict=True) if row)
+        if spent > limit * 1.01:
+            result.refuse("", "the budget cannot be met with these choices")
         result.note(f"quantize: {note}")
         return new
+
+    def _plain(self, **options: Any) -> Quantize:
+        """A way to quantize one product as this does it, without what takes long and changes no speed."""
+        off = {"rounding": "nearest", "scaling": "none", "clip": "none", "correct": False, "least": 0}
+        return dataclasses.replace(self, **{**NO_LIMITS, **off, "include": (), "exclude": (), **options})
 
     # The rewriting.
 

@@ -782,6 +782,38 @@ def test_bits_are_shared_by_what_errors_cost() -> None:
     assert float(spent.split()[1]) <= 6.05
 
 
+def test_a_budget_in_megabytes_counts_every_quantized_weight() -> None:
+    model = planted_chain()
+    quantized(model, context(planted_rows()), megabytes=0.0095, choices=(4, 8), sensitivity="outputs")
+    dtypes = [model.graph.initializers[name].dtype for name in ("bad", "w1", "w2")]
+    assert dtypes == [ir.DataType.INT8, ir.DataType.INT4, ir.DataType.INT4]
+    held = [v for v in model.graph.initializers.values() if v.const_value is not None]
+    assert sum(v.const_value.nbytes for v in held if v.const_value is not None) <= 9500
+    result = quantized(planted_chain(), context(planted_rows()), megabytes=0.001, choices=(4, 8))
+    assert "the budget cannot be met with these choices" in reasons(result)
+
+
+def test_a_budget_in_measured_time() -> None:
+    """8 bits are timed at 0.5, 4 bits at 0.25: with half of the time, all may have 8."""
+
+    def time(probes: Sequence[Probe]) -> dict[str, float]:
+        return {probe.signature: 0.25 if "bits=4" in probe.signature else 0.5 for probe in probes}
+
+    def chosen(limit: float) -> list[ir.DataType | None]:
+        model = planted_chain()
+        ctx = dataclasses.replace(context(planted_rows()), time=time)
+        quantized(model, ctx, time=limit, choices=(4, 8), sensitivity="outputs")
+        return [model.graph.initializers[name].dtype for name in ("bad", "w1", "w2")]
+
+    assert chosen(0.5) == [ir.DataType.INT8] * 3
+    assert chosen(0.34) == [ir.DataType.INT8, ir.DataType.INT4, ir.DataType.INT4]
+    assert chosen(1.0) == [ir.DataType.FLOAT] * 3
+    with pytest.raises(BadInput, match="nothing can be timed here"):
+        quantized(planted_chain(), context(planted_rows()), time=0.5)
+    with pytest.raises(BadInput, match="three ways to limit the same"):
+        Quantize(time=0.5, budget=4.0)
+
+
 # With other passes.
 
 

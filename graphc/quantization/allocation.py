@@ -41,7 +41,8 @@ def share(
     ways: Sequence[Way | None],
     choices: Sequence[Sequence[Way | None]],
     losses: Sequence[Sequence[float]],
-    budget: float,
+    costs: Sequence[Sequence[float]],
+    limit: float,
 ) -> tuple[list[Way | None], str]:
     """A way for each layer so that errors add up to the least within a budget (a multiple-choice knapsack).
 
@@ -49,23 +50,24 @@ def share(
         found: The layers.
         ways: How those without choices are quantized.
         choices: Ways to choose from, none for those that have no say.
-        losses: What each choice costs, taken to add up.
-        budget: Bits per weight of those with choices, scales included.
+        losses: What each choice loses, taken to add up.
+        costs: What each choice costs: bytes, say, or time.
+        limit: What all choices may cost together.
 
     Returns:
         The ways, and what was chosen in words.
     """
     own = [i for i, each in enumerate(choices) if each]
-    total = sum(found[i].held.nbytes for i in own)
-    size = sum(found[i].held.size for i in own)
+    most = [max(costs[i]) for i in own]
     curves = [
-        [(k, float(found[i].held.nbytes - nbytes(found[i], way)), losses[i][k]) for k, way in enumerate(choices[i])]
-        for i in own
+        [(k, top - cost, loss) for k, (cost, loss) in enumerate(zip(costs[i], losses[i], strict=True))]
+        for i, top in zip(own, most, strict=True)
     ]
     new = list(ways)
-    for i, k in zip(own, solve(curves, total - budget * size / 8), strict=True):
+    for i, k in zip(own, solve(curves, sum(most) - limit), strict=True):
         new[i] = choices[i][k]
     counts = Counter(f"{way[0].bits} bits" if (way := new[i]) else "their own type" for i in own)
+    size = sum(found[i].held.size for i in own)
     spent = 8 * sum(nbytes(found[i], new[i]) for i in own) / max(size, 1)
     shares = ", ".join(f"{n} layers {label}" for label, n in sorted(counts.items()))
     return new, f"{spent:.2f} bits per weight: {shares}"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from graphc import edit, shapes
 from graphc.contract import Context, Pass, Probe
+from graphc.errors import BadInput
+from graphc.quantization.allocation import Way
+from graphc.quantization.sites import Site
 
 ROWS = (1, 64)
 """Rows that products are timed with: a token, and a prompt."""
@@ -37,14 +40,63 @@ def caveats(model: ir.Model, each: Pass, ctx: Context) -> Iterator[str]:
         made = before.clone()
         if not each.run(made, _calibrated(ctx, sample)).changed:
             continue
-        providers = ctx.target.providers or ("CPUExecutionProvider",)
-        probes[label] = Probe(f"{each.spec()}: {label} {providers[0]}", before, made, sample)
+        probes[label] = _probe(each, label, before, made, sample, ctx)
     assert ctx.time is not None
     ratios = ctx.time(list(probes.values()))
     slow = {label: ratio for label, probe in probes.items() if (ratio := ratios.get(probe.signature, 0)) > SAME}
     if slow:
         times = " and ".join(f"{label} takes {ratio:.2f}x of float32's time" for label, ratio in slow.items())
         yield f"{times}, as measured here: smaller, but not faster"
+
+
+def costs(
+    found: Sequence[Site],
+    choices: Sequence[Sequence[Way | None]],
+    quantize: Callable[[int], Pass],
+    rows: int,
+    ctx: Context,
+) -> list[list[float]]:
+    """What each way to quantize each layer takes of float32's time, by the elements of the layer.
+
+    Args:
+        found: The layers, matrices.
+        choices: The ways of each; None is float32.
+        quantize: The pass that quantizes with some bits.
+        rows: Rows of the activation.
+        ctx: What times probes, and the target.
+
+    Raises:
+        BadInput: Nothing can be timed here.
+    """
+    if ctx.time is None:
+        raise BadInput("nothing can be timed here", where="quantize{time}", hint="budget, or megabytes")
+    probes: dict[tuple[int, int, int], Probe] = {}
+    for site, row in zip(found, choices, strict=True):
+        for way in row:
+            key = (site.depth, site.held.size // site.depth, way[0].bits if way else 0)
+            if way is None or key in probes:
+                continue
+            label, before, sample = _product(*key[:2], rows)
+            made, each = before.clone(), quantize(way[0].bits)
+            if each.run(made, _calibrated(ctx, sample)).changed:
+                probes[key] = _probe(each, label, before, made, sample, ctx)
+    ratios = ctx.time(list(probes.values()))
+    # One that could not be timed is taken to win nothing.
+    known = {key: ratios.get(probe.signature, 1.0) for key, probe in probes.items()}
+    return [
+        [
+            site.held.size * (known.get((site.depth, site.held.size // site.depth, way[0].bits), 1.0) if way else 1.0)
+            for way in row
+        ]
+        for site, row in zip(found, choices, strict=True)
+    ]
+
+
+def _probe(
+    each: Pass, label: str, before: ir.Model, after: ir.Model, sample: dict[str, edit.Array], ctx: Context
+) -> Probe:
+    provider = ctx.target.providers[0] if ctx.target.providers else "CPUExecutionProvider"
+    return Probe(f"{each.spec()}: {label} {provider}", before, after, sample)
 
 
 def _calibrated(ctx: Context, sample: dict[str, edit.Array]) -> Context:
@@ -71,10 +123,13 @@ def _products(model: ir.Model) -> Iterator[_Case]:
     for rows in ROWS:
         if rows * depth * width < SMALL:
             continue
-        weight = np.random.default_rng(0).standard_normal((depth, width), np.float32)
-        yield from _case(
-            f"a product of {rows} row{'s' * (rows > 1)} with {depth} x {width}", "MatMul", (1, rows, depth), weight, {}
-        )
+        yield _product(depth, width, rows)
+
+
+def _product(depth: int, width: int, rows: int) -> _Case:
+    weight = np.random.default_rng(0).standard_normal((depth, width), np.float32)
+    label = f"a product of {rows} row{'s' * (rows > 1)} with {depth} x {width}"
+    return _case(label, "MatMul", (1, rows, depth), weight, {})
 
 
 def _convolutions(model: ir.Model) -> Iterator[_Case]:
@@ -97,7 +152,7 @@ def _convolutions(model: ir.Model) -> Iterator[_Case]:
     kernel = tuple(held.shape.numpy())
     weight = np.random.default_rng(0).standard_normal(kernel, np.float32)
     label = f"a convolution of {' x '.join(map(str, sizes[1:]))} with {' x '.join(map(str, kernel))}"
-    yield from _case(label, "Conv", sizes, weight, node.attributes)
+    yield _case(label, "Conv", sizes, weight, node.attributes)
 
 
 def _case(
@@ -106,7 +161,7 @@ def _case(
     sizes: Sequence[int],
     weight: edit.Array,
     attributes: Mapping[str, ir.Attr],
-) -> Iterable[_Case]:
+) -> _Case:
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(sizes))
     w = ir.Value(
         name="w",
@@ -119,4 +174,4 @@ def _case(
     y.name, y.type = "y", ir.TensorType(ir.DataType.FLOAT)
     graph = ir.Graph([x], [y], nodes=[node], initializers=[w], opset_imports={"": 21}, name="probe")
     sample = np.random.default_rng(1).standard_normal(tuple(sizes), np.float32)
-    return [(label, ir.Model(graph, ir_version=10), {"x": sample})]
+    return label, ir.Model(graph, ir_version=10), {"x": sample}
