@@ -65,12 +65,18 @@ class Refusal:
 
 
 class PassResult:
-    """What one run of a pass did, and what it left alone and why."""
+    """What one run of a pass did, and what it left alone and why.
+
+    Attributes:
+        notes: What the user should know of the result.
+        losses: What each layer alone would cost, where that was measured: a relative squared error by name.
+    """
 
     def __init__(self) -> None:
         self._changes: Counter[str] = Counter()
         self._refusals: dict[str, list[str]] = {}
         self.notes: list[str] = []
+        self.losses: dict[str, float] = {}
 
     def change(self, what: str, count: int = 1) -> None:
         """Record ``count`` changes of the same kind, e.g. ``"Identity removed"``."""

@@ -29,6 +29,7 @@ class PassReport:
         error: Why the pass had no effect: it failed, its result was wrong, or a gate did not hold.
         rolled_back: Whether the model was restored to what it was before the pass.
         seconds: Wall time of the pass alone, without checks.
+        losses: What each layer alone would cost, where the pass measured that.
     """
 
     name: str
@@ -39,6 +40,7 @@ class PassReport:
     error: str = ""
     rolled_back: bool = False
     seconds: float = 0.0
+    losses: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         refusals = [{"node": r.node, "reason": r.reason, "count": r.count} for r in self.refusals]

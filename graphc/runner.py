@@ -165,7 +165,7 @@ class Runner:
             report.error = f"the pass itself failed ({type(error).__name__}: {error})"
             report.rolled_back = True
             return Step(report, model)
-        report.changes, report.refusals = result.changes, result.refusals
+        report.changes, report.refusals, report.losses = result.changes, result.refusals, result.losses
         report.seconds = time.perf_counter() - start
         return Step(report, clone if result.changed else model, result.notes)
 

@@ -41,7 +41,7 @@ MEASURED = 64 << 20
 EMBEDDED = 32
 """Elements of a row of an embedding that share a scale, if it has fewer than 8 bits and nothing else is asked for."""
 
-NO_LIMITS: dict[str, Any] = {"keep": 0, "budget": 0.0, "megabytes": 0.0, "time": 0.0}
+NO_LIMITS: dict[str, Any] = {"rank": False, "keep": 0, "budget": 0.0, "megabytes": 0.0, "time": 0.0}
 """Options with which all layers are quantized alike."""
 
 SHORT = 4
@@ -99,6 +99,7 @@ class Quantize(Pass):
     )
     rows: int = option(1, "For time: the rows that products are timed with.")
     choices: tuple[int, ...] = option((2, 3, 4, 8), "For a budget: the bits that a layer may get; or its own type.")
+    rank: bool = option(False, "Measure what each layer alone costs, for the report; its bars: -v, --report FILE.html.")
     keep: int = option(0, "How many layers, the most sensitive first, get the fallback; what the gate raises.")
     fallback: int = option(0, "Bits of layers that are kept; 0: 8 for fewer bits, else their own type.")
     sensitivity: Literal["auto", "outputs", "layers"] = option(
@@ -159,6 +160,7 @@ class Quantize(Pass):
             or self.scaling != "none"
             or self.correct
             or self.keep
+            or self.rank
             or self._limits
         )
         return Needs(calibration=bool(wanted), timings=bool(self.time))
@@ -202,6 +204,9 @@ class Quantize(Pass):
             self._scale(model, [(site, way) for site, way in zip(found, ways, strict=True) if way], ctx, result)
         if self._limits:
             ways = self._allocated(model, found, ways, ctx, result)
+        if self.rank and not self.keep:
+            losses = self._losses(model, found, [[way] for way in ways], ctx)
+            result.losses = {site.name: row[0] for site, way, row in zip(found, ways, losses, strict=True) if way}
         if self.keep:
             ways = self._kept(model, found, ways, ctx, result)
         if not any(ways):
@@ -324,6 +329,7 @@ class Quantize(Pass):
     ) -> list[Way | None]:
         """The ways with the most sensitive layers at the fallback."""
         losses = [row[0] for row in self._losses(model, found, [[way] for way in ways], ctx)]
+        result.losses = {site.name: loss for site, way, loss in zip(found, ways, losses, strict=True) if way}
         order = sorted((i for i, way in enumerate(ways) if way), key=lambda i: -losses[i])
         bits = self.fallback or (8 if self.bits < 8 else 0)
         kept = list(ways)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from graphc.views import losses
 from graphc.views.units import count, percent, seconds, size
 
 _STYLE = """
@@ -47,6 +48,11 @@ def _details(report: Mapping[str, Any], name: str) -> str:
             _passes(report),
             f"<h2>Left alone{of}</h2>",
             _reasons(report),
+            *(
+                f"<h2>What each layer alone costs: {escape(each['options'])}{of}</h2>{losses.table(each['losses'])}"
+                for each in report["passes"]
+                if each.get("losses")
+            ),
             f"<h2>Checked outputs{of}</h2>",
             _outputs(report),
         ]

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from graphc.views import losses
 from graphc.views.units import count, percent, seconds, size
 
 if TYPE_CHECKING:
@@ -66,6 +67,11 @@ def _show_part(console: Console, report: Document, why: bool, verbose: bool) -> 
     console.print(table)
     if why:
         _reasons(console, report)
+    for each in report["passes"] if why or verbose else ():
+        if each.get("losses"):
+            console.print(f"\n[bold]{escape(each['name'])}[/]: relative error that each layer alone causes, log scale")
+            for line in losses.text(each["losses"]):
+                console.print(escape(line), highlight=False, soft_wrap=True)
     console.print()
     _verdict(console, report)
     for warning in report["warnings"]:
