@@ -232,8 +232,7 @@ class Quantize(Pass):
         if site.gathers:
             # Whole rows are looked up: a scale for each, or of few bits for each block.
             bits = self.embeddings if self.scheme == "weights" and self.embeddings < bits else bits and self.embeddings
-            few = Granularity(site.axis, self.block if self.block > 0 else EMBEDDED) if bits < 8 else Granularity(0)
-            return (Grid(bits), few) if bits else None
+            return (Grid(bits), self._rows(site, bits)) if bits else None
         if not bits:
             return None
         if self._integers(site):
@@ -247,6 +246,13 @@ class Quantize(Pass):
         if site.channel is None:
             return grid, Granularity(site.axis, site.depth)
         return grid, Granularity(site.channel)
+
+    def _rows(self, site: Site, bits: int) -> Granularity:
+        """What shares a scale in a table whose rows are looked up: of few bits, blocks that rows divide into."""
+        block = self.block if self.block > 0 else EMBEDDED
+        while block > 16 and site.depth % block:
+            block //= 2
+        return Granularity(0) if bits == 8 or site.depth % block else Granularity(site.axis, block)
 
     def _integers(self, site: Site) -> bool:
         """Whether products with this weight are done in integers."""

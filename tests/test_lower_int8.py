@@ -196,3 +196,14 @@ def test_a_real_model_through_the_command(tmp_path: Path) -> None:
     assert any(change.startswith("MatMulNBits") for change in report.passes[-1].changes)
     assert report.approximation["error"] < 0.3
     assert load(out).graph.opset_imports["com.microsoft"] == 1
+
+
+@pytest.mark.parametrize("width, blocks", [(80, 5), (64, 1), (72, 0)])
+def test_tables_of_few_bits_have_blocks_that_rows_divide_into(width: int, blocks: int) -> None:
+    model = build("e = Gather(t, i) y = Sigmoid(e)", "int64[N] i", f"float[N,{width}] y", t=normal(50, width))
+    assert Quantize(least=0, bits=4, block=128, embeddings=4).run(model, CONTEXT).changed
+    scale = model.graph.initializers["t.scale"]
+    assert list(scale.shape or ()) == ([50, blocks] if blocks else [50])
+    want = run(model, i=np.arange(9))
+    assert lowered(model).changed is bool(blocks)
+    np.testing.assert_allclose(run(model, i=np.arange(9)), want, rtol=0, atol=1e-6)
