@@ -110,9 +110,9 @@ def measure(experiment: Experiment, dense: Path, variant: Variant, path: Path, t
     start = time.perf_counter()
     if variant.peer:
         exported = path.with_suffix(".exported.onnx")
-        subprocess.run([torch, ROOT / "bench" / "torch_fashion.py", *variant.peer, exported], check=True)
+        if not exported.exists():
+            subprocess.run([torch, ROOT / "bench" / "torch_fashion.py", *variant.peer, exported], check=True)
         pipeline.optimize(exported, path, recipe=experiment.prepare, measure=False)
-        exported.unlink()
     elif variant.start and not variant.recipe:
         path.unlink(missing_ok=True)
         path.symlink_to(_started(variant, path))
@@ -122,12 +122,12 @@ def measure(experiment: Experiment, dense: Path, variant: Variant, path: Path, t
     return {
         "variant": variant.name,
         "ratio": variant.ratio,
-        "recipe": variant.recipe,
+        "recipe": variant.recipe or " ".join(("bench/torch_fashion.py", *variant.peer)),
         "quality": experiment.quality(path),
         "parameters": sum(v.const_value.size for v in load(path).model.graph.initializers.values() if v.const_value),
         "flops": operations(path),
         "latency": None,
-        "seconds": round(took, 1),
+        "seconds": None if variant.peer else round(took, 1),
     }
 
 

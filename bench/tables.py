@@ -398,7 +398,7 @@ def quality_page(results: Row) -> str:
                 f"{row['flops'] / dense['flops']:.2f}" if "flops" in row and "flops" in dense else "",
                 "" if row["latency"] is None else f"{row['latency']:.2f}",
                 row.get("load", ""),
-                f"{row['seconds']:.0f}",
+                "" if row["seconds"] is None else f"{row['seconds']:.0f}",
             ]
             for row in found["rows"]
         ]

@@ -113,7 +113,7 @@ def test_random_depends_on_the_seed_alone() -> None:
 
 @pytest.mark.parametrize("measure", ["params", "bytes", "flops"])
 @pytest.mark.parametrize("ratio", [0.2, 0.5, 0.8])
-@pytest.mark.parametrize(("multiple", "tolerance"), [(1, 0.005), ("auto", 0.02)])
+@pytest.mark.parametrize(("multiple", "tolerance"), [(1, 0.005), ("auto", 0.013)])
 def test_ratio_is_of_what_was_asked(measure: str, ratio: float, multiple: int, tolerance: float) -> None:
     """On a real network the achieved part is near the ratio, although its six groups go in steps."""
     from graphc import flops

@@ -183,15 +183,10 @@ def allocate(
     order = np.argsort(np.concatenate(list(levels)), kind="stable")
     owner = np.repeat(np.arange(len(groups)), [g.size for g in groups])[order]
 
-    def wanted(count: int) -> dict[str, int]:
-        """How many units each group loses when the first ``count`` of the order go."""
-        found = np.bincount(owner[:count], minlength=len(groups)).tolist()
-        return {g.name: n for g, n in zip(groups, found, strict=True)}
-
     def removed(count: int) -> dict[str, int]:
-        """The same, as far as limits allow."""
-        found = wanted(count)
-        return {g.name: g.size - limits[g.name].kept(g.size, g.size - found[g.name]) for g in groups}
+        """How many units each group loses when the first ``count`` of the order go, as far as its limits allow."""
+        wanted = np.bincount(owner[:count], minlength=len(groups)).tolist()
+        return {g.name: g.size - limits[g.name].kept(g.size, g.size - n) for g, n in zip(groups, wanted, strict=True)}
 
     target = cost({}) * (1 - ratio)
     low, high = 0, len(order)
@@ -203,36 +198,24 @@ def allocate(
             low = middle + 1
     chosen = removed(low)
     if low:
-        short = _rounded(groups, wanted(low - 1), removed(low - 1), target, cost, limits)
+        short = removed(low - 1)
+        steps = [_step(g, short[g.name], limits[g.name], np.flatnonzero(owner == i)) for i, g in enumerate(groups)]
+        for _, name, count in sorted(step for step in steps if step is not None):
+            if cost(short | {name: count}) >= target * (1 - 1e-9):
+                short[name] = count
         if abs(cost(short) - target) < abs(cost(chosen) - target):
             # One more unit overshoots by more than this falls short.
             chosen = short
     return chosen
 
 
-def _rounded(
-    groups: Sequence[Group],
-    wanted: Mapping[str, int],
-    removed: dict[str, int],
-    target: float,
-    cost: Callable[[Mapping[str, int]], float],
-    limits: Mapping[str, Limits],
-) -> dict[str, int]:
-    """What falls short of a target because multiples round up what is kept, rounded down where that still fits.
+def _step(group: Group, removed: int, limits: Limits, turns: Array) -> tuple[int, str, int] | None:
+    """The next step of a group that goes in several units at once: when it is complete, whose, how many are gone then.
 
-    Groups that are furthest into their next step come first.
+    Multiples round up what is kept, so that a budget is missed by up to a step of each group.
     """
-    steps = {}
-    for group in groups:
-        kept = group.size - removed[group.name]
-        less = limits[group.name].below(kept)
-        if removed[group.name] < wanted[group.name] and less:
-            steps[group.name] = (wanted[group.name] - removed[group.name]) / (kept - less), group.size - less
-    for name, (_, count) in sorted(steps.items(), key=lambda step: -step[1][0]):
-        more = removed | {name: count}
-        if cost(more) >= target * (1 - 1e-9):
-            removed = more
-    return removed
+    kept = limits.below(group.size - removed)
+    return (int(turns[group.size - kept - 1]), group.name, group.size - kept) if kept and limits.multiple > 1 else None
 
 
 def masks(groups: Sequence[Group], scores: Mapping[str, Array], removed: Mapping[str, int]) -> Keep:
