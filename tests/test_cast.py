@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+import graphc
 from graphc import edit, runtime
 from graphc.contract import Capabilities, Context
 from graphc.errors import BadInput
@@ -190,3 +191,18 @@ def test_real_models(name: str) -> None:
     Cast().run(model, CONTEXT)
     for output, array in run(model, **feed).items():
         assert 0 < np.abs(array - wanted[output]).max() < 0.01 * np.abs(wanted[output]).max()
+
+
+@pytest.mark.parametrize("factor, kept", [(1.0, []), (2e4, ["Mul", "Relu", "Mul"])])
+def test_what_measures_too_large_keeps_its_type(tmp_path: Path, factor: float, kept: list[str]) -> None:
+    up, down = np.asarray([factor], np.float32), np.asarray([1 / factor], np.float32)
+    model = build("h = MatMul(x, w) a = Mul(h, up) r = Relu(a) d = Mul(r, down) y = Relu(d)", w=W, up=up, down=down)
+    samples = tmp_path / "x.npz"
+    np.savez(samples, x=4 * X)
+    ir.save(model, tmp_path / "m.onnx")
+    found = graphc.optimize(tmp_path / "m.onnx", recipe="cast", data=str(samples), cache=False).model
+    assert found is not None
+    ours = [node for node in edit.nodes(found) if node.op_type != "Cast"]
+    assert [node.op_type for node in ours if node.outputs[0].dtype == FLOAT] == kept and len(ours) == 5
+    wanted = run(model, x=4 * X)["y"]
+    np.testing.assert_allclose(run(found, x=4 * X)["y"], wanted, rtol=0, atol=8 * 2**-10 * np.abs(wanted).max())
