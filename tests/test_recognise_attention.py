@@ -206,6 +206,26 @@ def test_heads_that_are_an_axis_stay_one() -> None:
     assert "q_num_heads" not in node.attributes
 
 
+@pytest.mark.parametrize("shape, length", [("[B,1,S,M]", "M"), ("[B,2,S,M]", "M"), ("[B,1,1,M]", "M"), ("[M]", "M")])
+def test_a_mask_of_unknown_length_has_as_many_keys_or_one(shape: str, length: str) -> None:
+    body = "b = Transpose<perm=[0,1,3,2]>(k) t = MatMul(q, b) s = Add(t, m) p = Softmax(s) y = MatMul(p, v)"
+    model = build(body, x=f"float[B,2,S,4] q, float[B,2,T,4] k, float[B,2,T,4] v, float{shape} m")
+    after = model.clone()
+    result = Recognise().run(after, CONTEXT)
+    assert "Attention" in operators(after) and not result.refusals
+    for keys, own in ((5, 5), (5, 1), (1, 1)):
+        inputs = feeds(model, 1, B=2, S=3, T=keys, **{length: own})
+        np.testing.assert_allclose(run(after, inputs)["y"], run(model, inputs)["y"], rtol=0, atol=1e-5)
+
+
+def test_a_mask_of_unknown_queries_stays() -> None:
+    body = "b = Transpose<perm=[0,1,3,2]>(k) t = MatMul(q, b) s = Add(t, m) p = Softmax(s) y = MatMul(p, v)"
+    model = build(body, x="float[B,2,S,4] q, float[B,2,T,4] k, float[B,2,T,4] v, float[B,1,M,T] m")
+    after, result = recognised(model)
+    assert operators(after) == operators(model)
+    assert reasons(result) == ["the sizes of a mask and of the scores are not known to be equal"]
+
+
 def test_weights_that_are_an_output_stay() -> None:
     body = "b = Transpose<perm=[0,1,3,2]>(k) s = MatMul(q, b) p = Softmax(s) y = MatMul(p, v)"
     model = build(body, x="float[B,2,S,4] q, float[B,2,T,4] k, float[B,2,T,4] v", outputs="y p")

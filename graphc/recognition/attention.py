@@ -258,10 +258,11 @@ class _Attention:
         scale = scores.scale * plan.factor
         if scale <= 0:
             raise Refused("the scale of the scores is not positive")
-        causal = masks.causal(scores, self.heads, dtype, graph)
+        causal = plan.cache is None and masks.causal(scores, self.heads, dtype, graph)
         mask = None
         if not causal:
-            mask = masks.build(scores, self.heads, self.places["q"], self.guarded, dtype, before, graph)
+            places = [*self.places["k"], *self.places["q"]]
+            mask = masks.build(scores, self.heads, places, self.guarded, dtype, before, graph)
         attributes: dict[str, float | int] = {"scale": scale, **({"is_causal": 1} if causal else {})}
         if scores.cap:
             attributes["softcap"] = scores.cap

@@ -14,6 +14,7 @@ from graphc.recognition.layout import Axes, Axis, Place, arrange, reachable, res
 from graphc.recognition.scores import Mask, Scores, absorbs, extremes, lowest, nearly_lowest, never_empty
 from graphc.recognition.triangles import is_lower_triangle
 from graphc.rewrites.base import Refused
+from graphc.shapes import symbolic
 from graphc.shapes.symbolic import Dim
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ _INFINITE = -float("inf")
 def build(
     scores: Scores,
     heads: Heads,
-    queries: Sequence[Place],
+    places: Sequence[Place],
     guarded: bool,
     dtype: ir.DataType,
     before: ir.Node,
@@ -36,7 +37,7 @@ def build(
     Args:
         scores: What is masked, and by what.
         heads: Which leaves are batch, heads and positions.
-        queries: Where the number of queries can be read.
+        places: Where the numbers of queries and of keys can be read.
         guarded: Whether the model gives 0 for a row that is masked as a whole, where a softmax gives NaN.
         dtype: Of queries, keys and values.
         before: The node in front of which new ones are put.
@@ -55,18 +56,21 @@ def build(
     nan = not guarded and (twice or any(_may_be_nan(mask) for mask in found))
     if not nan and len(found) == 1 and (condition := _condition(found[0])) is not None:
         value, keeps = condition
+        if found[0].unsure:
+            value = _lengthened(value, heads.keys, places, before, graph)
         placed = _placed(value, found[0].axes, shape, before, graph)
         if not keeps:
             placed = graph.make(before, "Not", [placed], like=placed, shape=graph.dims(placed))
-        return _whole(placed, shape, queries, before, graph)
+        return _whole(placed, shape, places, before, graph)
     total: ir.Value | None = None
     for mask in found:
-        placed = _placed(mask.value, mask.axes, shape, before, graph)
+        value = _lengthened(mask.value, heads.keys, places, before, graph) if mask.unsure else mask.value
+        placed = _placed(value, mask.axes, shape, before, graph)
         total = _applied(mask, placed, total, dtype, before, graph)
     assert total is not None
     if nan:
         total = _with_nan(total, before, graph)
-    return _whole(total, shape, queries, before, graph)
+    return _whole(total, shape, places, before, graph)
 
 
 def causal(scores: Scores, heads: Heads, dtype: ir.DataType, graph: Graph) -> bool:
@@ -202,8 +206,6 @@ def _with_nan(value: ir.Value, before: ir.Node, graph: Graph) -> ir.Value:
 def _broadcast(
     operator: str, inputs: Sequence[ir.Value], before: ir.Node, graph: Graph, like: ir.Value | None = None
 ) -> ir.Value:
-    from graphc.shapes import symbolic
-
     shape: list[Dim] = []
     for value in inputs:
         dims = graph.dims(value) or ()
@@ -238,7 +240,23 @@ def _placed(value: ir.Value, axes: Axes, shape: Sequence[Axis], before: ir.Node,
     raise Refused("a mask covers only a part of the batch or of the heads")
 
 
-def _whole(value: ir.Value, shape: Sequence[Axis], queries: Sequence[Place], before: ir.Node, graph: Graph) -> ir.Value:
+def _lengthened(value: ir.Value, keys: Axis, places: Sequence[Place], before: ir.Node, graph: Graph) -> ir.Value:
+    """A mask with all keys of one that has all of them or one for all."""
+    dims = graph.dims(value)
+    assert dims is not None
+    total = size(keys)
+    key = ("lengthened", value, total, before.graph)
+    known = graph.made.get(key)
+    if known is not None:
+        return known
+    ones = graph.ints(before, [1] * (len(dims) - 1))
+    count = _amount(total, resolve(keys), places, before, graph)
+    target = graph.make(before, "Concat", [ones, count], {"axis": 0}, like=ones, shape=(len(dims),))
+    made = graph.made[key] = graph.make(before, "Expand", [value, target], like=value, shape=(*dims[:-1], total))
+    return made
+
+
+def _whole(value: ir.Value, shape: Sequence[Axis], places: Sequence[Place], before: ir.Node, graph: Graph) -> ir.Value:
     """The mask with all queries and all keys, along which ONNX Runtime does not broadcast it."""
     dims = graph.dims(value)
     assert dims is not None
@@ -249,25 +267,32 @@ def _whole(value: ir.Value, shape: Sequence[Axis], queries: Sequence[Place], bef
     known = graph.made.get(key)
     if known is not None:
         return known
-    if dims[3] != wanted[3]:
-        raise Refused("the mask is the same for all keys")
-    if isinstance(wanted[2], int):
-        target = graph.ints(before, [1, 1, wanted[2], 1])
+    counts = [graph.ints(before, [1]), graph.ints(before, [1])]
+    for axis, have, want in zip(shape[2:], dims[2:], wanted[2:], strict=True):
+        counts.append(counts[0] if have == want else _amount(want, resolve(axis), places, before, graph))
+    if all(edit.tensor(count) is not None for count in counts):
+        target = graph.ints(before, [int(edit.scalar(count) or 0) for count in counts])
     else:
-        count = _counted(resolve(shape[2]), queries, before, graph)
-        one = graph.ints(before, [1])
-        target = graph.make(before, "Concat", [one, one, count, one], {"axis": 0}, like=one, shape=(4,))
+        target = graph.make(before, "Concat", counts, {"axis": 0}, like=counts[0], shape=(4,))
     made = graph.made[key] = graph.make(before, "Expand", [value, target], like=value, shape=wanted)
     return made
 
 
-def _counted(axis: Axis, queries: Sequence[Place], before: ir.Node, graph: Graph) -> ir.Value:
-    """The number of queries, as a vector of one element."""
-    for place in reversed(queries):
+def _amount(size: Dim, axis: Axis, places: Sequence[Place], before: ir.Node, graph: Graph) -> ir.Value:
+    """A number of queries or keys, as a vector of one element."""
+    if isinstance(size, int):
+        return graph.ints(before, [size])
+    like = graph.ints(before, [1])
+    parts = [symbolic.symbol(atoms[0]) for atoms, factor in size.terms if len(atoms) == 1 and factor == 1]
+    if len(parts) == len(size.terms) and graph.readable(tuple(parts)):
+        total = graph.sizes(before, (parts[0],))
+        for part in parts[1:]:
+            total = graph.make(before, "Add", [total, graph.sizes(before, (part,))], like=like, shape=(1,))
+        return total
+    for place in reversed(places):
         for number, own in enumerate(settled(place.axes)):
             if own == axis:
-                like = graph.ints(before, [1])
                 return graph.make(
                     before, "Shape", [place.value], {"start": number, "end": number + 1}, like=like, shape=(1,)
                 )
-    raise Refused("the number of queries cannot be read from one axis")
+    raise Refused("the number of queries or of keys cannot be read from one axis")

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from graphc import edit
 from graphc.recognition.graph import Graph
-from graphc.recognition.layout import Axes, Axis, Leaf, fresh, resolve
+from graphc.recognition.layout import Axes, Axis, Leaf, fresh, resolve, sizes
 from graphc.rewrites.base import Refused
 from graphc.shapes import Shape
 
@@ -66,6 +66,9 @@ def read(node: ir.Node, graph: Graph, given: tuple[int, Axes] | None = None) -> 
     broadcast: tuple[set[str], set[str]] = (set(), set())
     if given is not None:
         side, axes = given
+        # What is known of the axes counts, not what a broadcast might have made of them.
+        shapes = (sizes(axes), shapes[1]) if side == 0 else (shapes[0], sizes(axes))
+        assert shapes[0] is not None and shapes[1] is not None
         for letter, axis, dim in zip(letters[side], axes, shapes[side] or (), strict=True):
             if dim == 1 and shapes[1 - side] is not None and letter in letters[1 - side]:
                 other = shapes[1 - side][letters[1 - side].index(letter)]  # type: ignore[index]

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from graphc import edit
 from graphc.recognition import products
 from graphc.recognition.graph import Graph
-from graphc.recognition.layout import Axes, moved
+from graphc.recognition.layout import Axes, moved, settled, sizes
 from graphc.recognition.products import Product
 from graphc.rewrites.base import Refused
 
@@ -45,6 +45,7 @@ class Mask:
         keeps: Whether the scores stay where the condition is true.
         factor: What the addend is multiplied by.
         node: Where it is applied.
+        unsure: Whether it may also be one number for all keys.
     """
 
     value: ir.Value
@@ -53,6 +54,7 @@ class Mask:
     fill: float | None = None
     keeps: bool = True
     factor: float = 1.0
+    unsure: bool = False
 
 
 @dataclass
@@ -142,8 +144,9 @@ def read(path: Sequence[ir.Node], graph: Graph) -> Scores:
                 if node.op_type == "Sub" and node.inputs[0] is not value:
                     raise Refused("the scores are subtracted from something")
                 assert other is not None
-                aligned = _aligned(other, axes, value, graph)
-                scores.masks.append(Mask(other, aligned, node, factor=-1.0 if node.op_type == "Sub" else 1.0))
+                aligned, unsure = _aligned(other, axes, graph)
+                factor = -1.0 if node.op_type == "Sub" else 1.0
+                scores.masks.append(Mask(other, aligned, node, factor=factor, unsure=unsure))
             case "Where":
                 keeps = node.inputs[1] is value
                 fill = edit.scalar(node.inputs[2 if keeps else 1])
@@ -151,7 +154,8 @@ def read(path: Sequence[ir.Node], graph: Graph) -> Scores:
                 assert condition is not None
                 if fill is None:
                     raise Refused("masked scores are replaced by something that is not one constant")
-                scores.masks.append(Mask(condition, _aligned(condition, axes, value, graph), node, float(fill), keeps))
+                aligned, unsure = _aligned(condition, axes, graph)
+                scores.masks.append(Mask(condition, aligned, node, float(fill), keeps, unsure=unsure))
             case "Cast":
                 to = ir.DataType(edit.attribute(node, "to"))
                 if to not in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
@@ -162,7 +166,7 @@ def read(path: Sequence[ir.Node], graph: Graph) -> Scores:
                 if after is None:
                     raise Refused("how the scores are reshaped cannot be followed")
                 axes = after
-        if node.op_type in ("Add", "Sub", "Where", "Mul", "Div") and graph.dims(node.outputs[0]) != graph.dims(value):
+        if node.op_type in ("Add", "Sub", "Where", "Mul", "Div") and _grows(node, value, scores, graph):
             raise Refused("a mask is larger than the scores")
         value = node.outputs[0]
     if scores.cap and divided:
@@ -172,8 +176,18 @@ def read(path: Sequence[ir.Node], graph: Graph) -> Scores:
         scores.scale *= scores.cap
     if scores.cap < 0 or not scores.scale > 0:
         raise Refused("the scale of the scores is not positive")
+    if any(mask.unsure and settled(mask.axes[-1:]) != settled(axes[-1:]) for mask in scores.masks):
+        raise Refused("the sizes of a mask and of the scores are not known to be equal")
     scores.axes = axes
     return scores
+
+
+def _grows(node: ir.Node, value: ir.Value, scores: Scores, graph: Graph) -> bool:
+    """Whether what is broadcast to the scores may make them larger along an axis of which nothing else says so."""
+    after, before = graph.dims(node.outputs[0]), graph.dims(value)
+    if any(mask.unsure for mask in scores.masks) and after is not None and before is not None:
+        return after[:-1] != before[:-1]
+    return after != before
 
 
 def _chooses(value: ir.Value | None) -> ir.Value | None:
@@ -196,7 +210,8 @@ def _selected(node: ir.Node, value: ir.Value, condition: ir.Value, axes: Axes, g
             if fill is not None and same:
                 if graph.dims(node.outputs[0]) != graph.dims(node.inputs[0]):
                     raise Refused("a mask is larger than the scores")
-                return Mask(condition, _aligned(condition, axes, value, graph), node, float(fill))
+                aligned, unsure = _aligned(condition, axes, graph)
+                return Mask(condition, aligned, node, float(fill), unsure=unsure)
     raise Refused("the scores are multiplied by something that is not one constant")
 
 
@@ -218,20 +233,25 @@ def _number(node: ir.Node, value: ir.Value) -> float | None:
     return None if held is None else float(held)
 
 
-def _aligned(other: ir.Value, axes: Axes, value: ir.Value, graph: Graph) -> Axes:
-    """The axes of what is broadcast to the scores."""
-    dims, own = graph.dims(other), graph.dims(value)
-    if dims is None or own is None or len(dims) > len(own):
+def _aligned(other: ir.Value, axes: Axes, graph: Graph) -> tuple[Axes, bool]:
+    """The axes of what is broadcast to the scores, and whether the last is taken to be theirs without being known.
+
+    A mask that were longer than the scores would make them longer than the values that they are multiplied with. So
+    it has either as many keys, or one for all.
+    """
+    dims, own = graph.dims(other), sizes(axes)
+    if dims is None or len(dims) > len(own):
         raise Refused("the shape of a mask is not known, or it has more axes than the scores")
-    found = []
-    for dim, axis, full in zip(dims, axes[len(axes) - len(dims) :], own[len(own) - len(dims) :], strict=True):
-        if dim == full:
+    found, unsure = [], False
+    for place, (dim, axis, full) in enumerate(zip(dims[::-1], axes[::-1], own[::-1], strict=False)):
+        if dim == full or (place == 0 and not isinstance(dim, int) and axis):
+            unsure = unsure or dim != full
             found.append(axis)
         elif dim == 1:
             found.append(())
         else:
             raise Refused("the sizes of a mask and of the scores are not known to be equal")
-    return tuple(found)
+    return tuple(found[::-1]), unsure
 
 
 def lowest(dtype: ir.DataType) -> float:
