@@ -41,9 +41,10 @@ class OnnxRuntime(Backend):
 
     def emit(self, model: ir.Model, folder: Path, *, progress: Progress = no_progress) -> Mapping[str, Any]:
         from graphc import model as models
+        from graphc.runtime.scripts import script
 
         models.save(self._emitted(model), folder / MODEL)
-        files.write(folder / "run.py", _RUN)
+        files.write(folder / "run.py", script([model]))
         return self._needs(model)
 
     def _emitted(self, model: ir.Model) -> ir.Model:
@@ -57,15 +58,20 @@ class OnnxRuntime(Backend):
         return made
 
     def _needs(self, model: ir.Model) -> dict[str, Any]:
+        from graphc import caches
         from graphc.runtime import integers
 
-        options = integers.session_options(model)
-        return {"provider": self.provider, "threads": self.threads, "session_options": options}
+        options, pairs = integers.session_options(model), caches.pairs(model)
+        needs = {"provider": self.provider, "threads": self.threads, "session_options": options}
+        return needs | ({"caches": pairs, "in_place": caches.in_place(model)} if pairs else {})
 
     def emit_parts(self, models: Mapping[str, ir.Model], folder: Path) -> Mapping[str, Mapping[str, Any]]:
         from graphc import model as several
+        from graphc.runtime.scripts import script
 
         several.save_together({name: self._emitted(model) for name, model in models.items()}, folder)
+        if text := script(list(models.values())):
+            files.write(folder / "run.py", text)
         return {name: self._needs(model) for name, model in models.items()}
 
     def emit_file(self, model: ir.Model, path: Path) -> None:
@@ -134,52 +140,3 @@ def _manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise BadInput("the artifact's manifest is no JSON object", where=str(path))
     return manifest
-
-
-_RUN = '''\
-"""Run the model beside this file: python run.py [INPUTS.npz] [NAME.onnx_adapter].
-
-It needs onnxruntime and numpy only.
-"""
-
-import json
-import sys
-from pathlib import Path
-
-import numpy as np
-import onnxruntime as ort
-
-here = Path(__file__).resolve().parent
-manifest = here / "graphc.json"
-settings = json.loads(manifest.read_text())["runtime"] if manifest.exists() else {}
-options = ort.SessionOptions()
-options.intra_op_num_threads = settings.get("threads", 0)
-if any(here.glob("*.onnx_adapter")):
-    options.log_severity_level = 3  # inputs with defaults are meant: adapters give them other values
-for key, value in settings.get("session_options", {}).items():
-    options.add_session_config_entry(key, value)
-provider = settings.get("provider", "CPUExecutionProvider")
-session = ort.InferenceSession(here / "model.onnx", options, providers=[provider])
-
-
-def zeros(value):
-    """Zeros in the shape of an input; axes of unknown size get 1."""
-    shape = [dim if isinstance(dim, int) and dim > 0 else 1 for dim in value.shape]
-    kind = value.type.removeprefix("tensor(").removesuffix(")")
-    return np.zeros(shape, {"float": "f4", "double": "f8", "string": object}.get(kind, kind))
-
-
-chosen = ort.RunOptions()
-adapters = []  # they must outlive the run
-given = {}
-for name in sys.argv[1:]:
-    if name.endswith(".onnx_adapter"):
-        adapters.append(ort.LoraAdapter())
-        adapters[-1].Load(name)
-        chosen.add_active_adapter(adapters[-1])
-    else:
-        given = dict(np.load(name, allow_pickle=False))
-inputs = {value.name: given.get(value.name, zeros(value)) for value in session.get_inputs()}
-for value, result in zip(session.get_outputs(), session.run(None, inputs, chosen)):
-    print(value.name, getattr(result, "dtype", type(result).__name__), np.shape(result))
-'''
