@@ -35,7 +35,7 @@ def in_place(model: ir.Model) -> bool:
 
 def _pairs(graph: ir.Graph) -> Iterator[tuple[ir.Value, ir.Value, ir.Node]]:
     for node in graph:
-        places = _PLACES.get((node.domain.replace("ai.onnx", ""), node.op_type), ())
+        places: tuple[tuple[int, int], ...] = _PLACES.get((node.domain.replace("ai.onnx", ""), node.op_type), ())
         if edit.is_op(node, "Concat") and len(node.inputs) == 2 and edit.attribute(node, "axis", 0) in (2, -2):
             places = ((0, 0),)
         for before, after in places:

@@ -71,7 +71,7 @@ def read(node: ir.Node, graph: Graph, given: tuple[int, Axes] | None = None) -> 
         assert shapes[0] is not None and shapes[1] is not None
         for letter, axis, dim in zip(letters[side], axes, shapes[side] or (), strict=True):
             if dim == 1 and shapes[1 - side] is not None and letter in letters[1 - side]:
-                other = shapes[1 - side][letters[1 - side].index(letter)]  # type: ignore[index]
+                other = shapes[1 - side][letters[1 - side].index(letter)]
                 if other != 1:
                     broadcast[side].add(letter)
                     continue
