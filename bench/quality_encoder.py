@@ -28,6 +28,9 @@ WIDTH = {
     "obs, per cost + ls": "criterion=obs allocate=per-cost compensate=ls",
 }
 
+HEAL = "shrink,heal{learning-rate=0.0001}"
+"""The rate that encoders are trained further with."""
+
 ABOUT = f"""\
 Recall@1: how often the gloss that is nearest to a word, of 1000, is its own. Rows at 25 % remove that part of the
 parameters of the blocks, and {0.25 * BLOCKS:.1%} of all: the token embeddings, half of the model, stay. Rows at 53 %
@@ -47,9 +50,10 @@ def reverse_dictionary(text: Path | None) -> Experiment:
 
     # Sorted, so that little of a batch is padding.
     texts = sorted((text for pair in other[:CALIBRATION] for text in pair), key=len)
-    whole = methods("params", "head,neuron", BLOCKS, (0.25, 0.53), WIDTH)
+    variants = methods("params", "head,neuron", BLOCKS, (0.25, 0.53), WIDTH)
+    variants += methods("params", "head,neuron", BLOCKS, (0.25, 0.53), {"obs + ls, healed": WIDTH["obs + ls"]}, HEAL)
     return Experiment(
-        cache.model("minilm-dynamo"), "simplify,fuse", _batches(texts), recall, "recall@1", glosses[0], whole, ABOUT
+        cache.model("minilm-dynamo"), "simplify,fuse", _batches(texts), recall, "recall@1", glosses[0], variants, ABOUT
     )
 
 

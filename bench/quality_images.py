@@ -55,7 +55,7 @@ def vit(text: Path | None) -> Experiment:
 def _peers(name: str) -> Sequence[Variant]:
     """Torch-Pruning with its two usual importances, the same ratio everywhere or one threshold."""
     return [
-        Variant(f"Torch-Pruning: {importance}, {scope}", ratio, "", (name, importance, scope, f"{1 - ratio:g}"))
+        Variant(f"Torch-Pruning: {importance}, {scope}", ratio, "", peer=(name, importance, scope, f"{1 - ratio:g}"))
         for ratio in RATIOS
         for importance in ("magnitude", "taylor")
         for scope in ("local", "global")

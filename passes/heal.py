@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 
 GENERATED = "trained on generated inputs: do not trust the quality; give samples of real data with --calibrate"
 
+RATES = {"all": 1e-3, "bias-norm": 3e-3, "lora": 3e-3}
+"""The highest learning rate where none is given: right for what pruning has hurt, while what least squares has repaired
+may need ``GENTLER`` times that."""
+GENTLER = 0.1
+
 _ROWS, _TOKENS = 32, 2048
 """The rows of a step, and the most tokens that they may have together."""
 
@@ -40,7 +46,11 @@ class Heal(Pass):
 
     steps: int = option(200, "Optimizer steps.", least=0)
     minutes: float = option(0.0, "Wall time after which it ends early; 0 is no limit.", least=0)
-    learning_rate: float = option(0.0, "The highest learning rate; 0 is 1e-3 for all weights, else 3e-3.", least=0)
+    learning_rate: float = option(
+        0.0,
+        "The highest learning rate; 0 is 1e-3 for all weights, else 3e-3, and a tenth of it where that does not help.",
+        least=0,
+    )
     batch: int = option(
         0, "Rows a step, run case by case with gradients added up; 0 is 32, or as many as have 2048 tokens.", least=0
     )
@@ -82,11 +92,16 @@ class Heal(Pass):
         original = self._original(ctx)
         _fits(model, original)
         samples, labels = self._data(original, ctx, result)
+        start = time.monotonic()
         trainer, outputs = self._trainer(model, original, samples, labels, ctx)
         if not len(trainer.weights):
             result.refuse("", f"there is nothing to train with weights={self.weights}")
             return result
         state = trainer.run()
+        gentler = self._gentler(start) if state.first and not state.best < state.first else None
+        if gentler is not None:
+            trainer, outputs = gentler._trainer(model, original, samples, labels, ctx)
+            state = trainer.run()
         for note in trainer.notes:
             result.refuse("", note)
         if not state.best < state.first:
@@ -99,11 +114,20 @@ class Heal(Pass):
             return result
         _write(model, trainer)
         result.change(f"loss on held-out data from {state.first:.4g} to {state.best:.4g} in {_steps(state)}")
+        if gentler is not None:
+            result.change(f"at {RATES[self.weights]:g} nothing was better: learning rate {gentler.learning_rate:g}")
         result.change("constant trained", len(trainer.weights))
         result.change(f"compared: {', '.join(f'{name} ({kind})' for name, kind in outputs.items())}")
         if trainer.objective.hidden:
             result.change("hidden state compared", len(trainer.objective.hidden))
         return result
+
+    def _gentler(self, start: float) -> Heal | None:
+        """The same at a lower learning rate, in the time that is left; None where the rate was given, or time is up."""
+        left = self.minutes - (time.monotonic() - start) / 60
+        if self.learning_rate or (self.minutes and left <= 0):
+            return None
+        return replace(self, learning_rate=RATES[self.weights] * GENTLER, minutes=left if self.minutes else 0.0)
 
     def _original(self, ctx: Context) -> ir.Model:
         if self.teacher is not None:
@@ -152,7 +176,7 @@ class Heal(Pass):
         plan = Plan(
             steps=self.steps,
             minutes=self.minutes,
-            rate=self.learning_rate or (1e-3 if parts == "all" else 3e-3),
+            rate=self.learning_rate or RATES[parts],
             warmup=self.warmup,
             batch=self.batch or _batch(samples[0]),
             decay=self.weight_decay,

@@ -22,7 +22,7 @@ from graphc.fx import to_torch  # noqa: E402
 from graphc.healing import points, training  # noqa: E402
 from graphc.healing.objective import Objective  # noqa: E402
 from graphc.healing.weights import Weights  # noqa: E402
-from graphc.passes.heal import GENERATED, Heal, _batch  # noqa: E402
+from graphc.passes.heal import GENERATED, RATES, Heal, _batch  # noqa: E402
 from graphc.passes.prune import Prune  # noqa: E402
 from graphc.passes.shrink import Shrink  # noqa: E402
 
@@ -126,6 +126,16 @@ def test_an_absurd_learning_rate_leaves_the_model_as_it_was() -> None:
     after, result = healed(model, original, learning_rate=1e4, clip=0.0)
     assert not result.changed and "nothing was better on held-out data" in result.refusals[0].reason
     assert all(np.array_equal(array, arrays(after)[name]) for name, array in arrays(model).items())
+
+
+def test_where_the_usual_learning_rate_does_not_help_a_lower_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = mlp()
+    model = pruned(original)
+    monkeypatch.setitem(RATES, "all", 1.0)
+    monkeypatch.setattr("graphc.passes.heal.GENTLER", 0.02)
+    after, result = healed(model, original, learning_rate=0.0)
+    assert any(change == "at 1 nothing was better: learning rate 0.02" for change in result.changes)
+    assert distance(after, original) < 0.6 * distance(model, original)
 
 
 def test_the_original_itself_needs_no_healing() -> None:
