@@ -19,6 +19,7 @@ from graphc.quantization import (
     allocation,
     correction,
     dynamic,
+    equalisation,
     guard,
     rounding,
     scaling,
@@ -27,6 +28,7 @@ from graphc.quantization import (
     speed,
     static,
     store,
+    streams,
 )
 from graphc.quantization.allocation import Way
 from graphc.quantization.granularity import Granularity
@@ -72,9 +74,11 @@ class Quantize(Pass):
     order: bool = option(True, "For rounding=gptq: columns with the largest inputs first.")
     damp: float = option(0.01, "For rounding=gptq: what is added to the Gram matrix's diagonal, as a part of its mean.")
     sequential: bool = option(False, "For rounding=gptq: collect each layer's inputs from quantized layers before it.")
-    scaling: Literal["none", "smooth", "awq"] = option(
+    scaling: Literal["none", "smooth", "awq", "channels"] = option(
         "none",
-        "Move scales from activations to weights first, which is exact: SmoothQuant, or AWQ's search; calibrated.",
+        "Move scales from activations to weights first, which is exact: SmoothQuant, AWQ's search, or, for "
+        "scheme=static, channels brought to like ranges through Relu, sums, pooling and depthwise convolutions; "
+        "calibrated.",
     )
     alpha: float = option(0.5, "For scaling=smooth: how much of the activation's range moves, from 0 to 1.")
     correct: bool = option(
@@ -131,6 +135,8 @@ class Quantize(Pass):
                 where=where,
                 hint="leave bits, block, symmetric, form and budget out",
             )
+        if self.scaling == "channels" and self.scheme != "static":
+            raise BadInput("scaling=channels is for scheme=static", where=where, hint="smooth or awq")
         if (
             self.damp <= 0
             or not 0 <= self.alpha <= 1
@@ -278,6 +284,9 @@ class Quantize(Pass):
 
     def _scale(self, model: ir.Model, chosen: Sequence[tuple[Site, Way]], ctx: Context, result: PassResult) -> None:
         """Move scales from activations to the weights that read them."""
+        if self.scaling == "channels":
+            self._equalise(model, [site for site, _ in chosen if self._integers(site)], ctx, result)
+            return
         found = scaling.groups(chosen)
         if not found or self.scaling == "none":
             result.refuse("", "no normalisation could take the scales of what reads it")
@@ -288,6 +297,22 @@ class Quantize(Pass):
             ctx.progress("scaling", i, len(found))
             moved = scaling.move(members, statistics, self.scaling, self.alpha, names)
             result.change("activation's scales moved to its weights", int(moved))
+
+    def _equalise(self, model: ir.Model, chosen: Sequence[Site], ctx: Context, result: PassResult) -> None:
+        """Bring the channels between products to like ranges."""
+        found = streams.find(chosen)
+        if not found:
+            result.refuse("", "no channels are between products that let a factor through")
+            return
+        names = edit.Names(model)
+        statistics = ctx.collect(model, {use.moments for stream in found for use in stream.readers})
+        grid = Grid(8 if self.full_range else 7)
+        for i, stream in enumerate(found):
+            ctx.progress("scaling", i, len(found))
+            factors = equalisation.factors(stream, statistics, grid)
+            if factors is not None:
+                streams.scale(stream, factors, names)
+                result.change("channels brought to like ranges", stream.channels)
 
     # Layers that get more bits than others.
 

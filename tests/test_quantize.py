@@ -23,9 +23,10 @@ from graphc.gate import Judge
 from graphc.model import load, save
 from graphc.passes.quantize import Quantize
 from graphc.passes.shrink import Shrink
-from graphc.quantization import activations, rounding, scaling, sites
+from graphc.quantization import activations, equalisation, rounding, scaling, sites, streams
 from graphc.quantization.granularity import Granularity
 from graphc.quantization.grid import Grid
+from graphc.shapes import infer
 from graphc.stats import Collector
 from graphc.stats.base import Valid
 from graphc.stats.range import RangeOf
@@ -535,6 +536,102 @@ def test_moving_scales_alone_changes_nothing(method: Any) -> None:
 
 
 # Products in integers.
+
+
+def convolutions(clip: str = "") -> ir.Model:
+    """A residual block with a depthwise convolution, as mobile networks have it."""
+    constants = {
+        "w": normal(8, 3, 3, 3),
+        "b": normal(8),
+        "e": normal(16, 8, 1, 1, seed=1) * np.geomspace(0.05, 2, 16, dtype=np.float32).reshape(-1, 1, 1, 1),
+        "f": normal(16, seed=1),
+        "v": normal(16, 1, 3, 3, seed=2),
+        "c": normal(16, seed=2),
+        "p": normal(8, 16, 1, 1, seed=3),
+        "h": normal(10, 8, 1, 1, seed=4),
+        "m": normal(8, 1, 1, seed=5),
+    }
+    act = "Clip(%s, low, high)" if clip else "Relu(%s)"
+    if clip:
+        constants |= {"low": np.array(0, np.float32), "high": np.array(clip, np.float32)}
+    return build(
+        f"a = Conv<pads=[1,1,1,1]>(x, w, b) r = Conv(a, e, f) s = {act % 'r'} "
+        f"t = Conv<pads=[1,1,1,1],group=16>(s, v, c) u = {act % 't'} q = Conv(u, p) o = Add(q, a) k = Add(o, m) "
+        "l = MaxPool<kernel_shape=[2,2]>(k) y = Conv(l, h)",
+        "float[N,3,8,8] x",
+        "float[N,10,7,7] y",
+        **constants,
+    )
+
+
+def scaled_channels(model: ir.Model) -> list[streams.Stream]:
+    infer(model)
+    found = streams.find(sites.find(model, ("Conv", "MatMul", "Gemm"), (), (), 0, PassResult()))
+    for i, stream in enumerate(found):
+        streams.scale(stream, np.exp(normal(stream.channels, seed=i)).astype(np.float64), edit.Names(model))
+    return found
+
+
+def test_factors_of_channels_go_through_all_that_lies_between_products() -> None:
+    model = convolutions()
+    before = run(model, x=pictures()[0]["x"])["y"]
+    found = scaled_channels(model)
+    assert sorted((len(s.makers), len(s.readers), s.channels) for s in found) == [(1, 1, 16), (1, 1, 16), (2, 2, 8)]
+    np.testing.assert_allclose(run(model, x=pictures()[0]["x"])["y"], before, rtol=1e-3, atol=1e-3)
+    assert not np.allclose(held(model, "e"), held(convolutions(), "e"))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 3), st.sampled_from(["Relu", "LeakyRelu", "Sigmoid"]), st.booleans())
+def test_factors_of_channels_of_products_are_exact(seed: int, act: str, output: bool) -> None:
+    """A Sigmoid lets none through, nor does a value that is an output."""
+    model = build(
+        f"h = MatMul(x, w) b = Add(h, c) r = {act}(b) y = Gemm<transB=1>(r, v, d) z = Relu(y)",
+        "float[N,16] x",
+        "float[N,8] z, float[N,12] r" if output else "float[N,8] z",
+        w=normal(16, 12, seed=seed),
+        c=normal(12, seed=seed),
+        v=normal(8, 12, seed=seed),
+        d=normal(8, seed=seed),
+    )
+    x = normal(5, 16, seed=seed)
+    before = run(model, x=x)["z"]
+    assert len(scaled_channels(model)) == (act != "Sigmoid" and not output)
+    np.testing.assert_allclose(run(model, x=x)["z"], before, rtol=1e-3, atol=1e-3)
+
+
+def test_equal_channels_lower_the_error_of_static_quantization() -> None:
+    """Channels of which some are a hundred times smaller than others, and count as much."""
+    sizes = np.geomspace(0.01, 1, 16).astype(np.float32).reshape(-1, 1, 1, 1)
+    model = build(
+        "a = Conv<pads=[1,1,1,1]>(x, w) r = Relu(a) y = Conv(r, v)",
+        "float[N,3,8,8] x",
+        "float[N,4,8,8] y",
+        w=normal(16, 3, 3, 3) * sizes,
+        v=normal(4, 16, 1, 1) / sizes.reshape(1, -1, 1, 1),
+    )
+    samples = pictures(6)
+    want, errors = run(model, **samples[0])["y"], []
+    for method in ("none", "channels"):
+        one = model.clone()
+        result = quantized(one, context(samples), scheme="static", scaling=method, full_range=True)
+        errors.append(float(np.square(run(one, **samples[0])["y"] - want).mean()))
+    assert any(change.startswith("channels brought") for change in result.changes)
+    assert errors[1] < 0.2 * errors[0]
+
+
+def test_channels_below_a_clip_are_only_made_larger_and_stay_below_it() -> None:
+    model = convolutions("6.0")
+    infer(model)
+    found = streams.find(sites.find(model, ("Conv",), (), (), 0, PassResult()))
+    clipped = [stream for stream in found if stream.clipped]
+    assert len(clipped) == 2
+    statistics = context(pictures()).collect(model, {use.moments for s in clipped for use in s.readers})
+    for stream in clipped:
+        factors = equalisation.factors(stream, statistics, Grid(8))
+        if factors is not None:
+            largest = statistics[stream.readers[0].moments].largest.reshape(-1)
+            assert (factors >= 1).all() and (factors * largest <= 6 + 1e-6)[factors > 1].all()
 
 
 def test_dynamic_is_exact_integer_arithmetic_under_default_options() -> None:

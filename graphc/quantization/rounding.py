@@ -150,7 +150,10 @@ def gptq(
     """
     array = held.numpy().astype(np.float32)
     edit.release(held)
-    scale, zero = fit(array, grid, granularity, held.dtype.numpy(), clip=clip)
+    importance = use.restored(
+        np.broadcast_to(np.diagonal(gram, axis1=1, axis2=2)[:, None], use.matrices(array).shape).astype(np.float32)
+    )
+    scale, zero = fit(array, grid, granularity, held.dtype.numpy(), clip=clip, importance=importance)
     if least is not None:
         scale = _at_least(scale, least, array, granularity)
     spread = [
