@@ -22,7 +22,11 @@ Samples = Sequence[Any]
 
 PICTURES = {
     ("scikit-image==0.25.2", "24cc986e1f4187a12aa319f777b36008764e856e5013666a4a83f8df083c2641"): (
-        ("skimage/data/coffee.png", "skimage/data/rocket.jpg", "skimage/data/motorcycle_left.png"),
+        (
+            *("skimage/data/coffee.png", "skimage/data/rocket.jpg", "skimage/data/motorcycle_left.png"),
+            *("skimage/data/hubble_deep_field.jpg", "skimage/data/ihc.png", "skimage/data/retina.jpg"),
+            *("skimage/data/camera.png", "skimage/data/grass.png", "skimage/data/brick.png"),
+        ),
         ("skimage/data/astronaut.png", "skimage/data/chelsea.png"),
     ),
     ("scikit-learn==1.7.2", "89877e19a80c7b11a2891a27c21c4894fb18e2c2e077815bcade10d34287b20d"): (

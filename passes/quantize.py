@@ -49,6 +49,9 @@ NO_LIMITS: dict[str, Any] = {"rank": False, "keep": 0, "budget": 0.0, "megabytes
 SHORT = 4
 """Inputs of an output from which the later ones can make up for what GPTQ does to the earlier."""
 
+STEPS = 100
+"""Steps of projected descent."""
+
 
 @dataclass(frozen=True)
 class Quantize(Pass):
@@ -67,8 +70,10 @@ class Quantize(Pass):
     block: int = option(0, "Inputs of an output that share a scale: 16 to 256; 0: all of them; -1: the whole tensor.")
     symmetric: bool = option(True, "Codes with a sign around zero; false: unsigned, with zero points.")
     form: Literal["int", "float8e4m3fn", "float8e5m2"] = option("int", "Whether codes are integers or 8-bit floats.")
-    rounding: Literal["nearest", "gptq"] = option(
-        "nearest", "nearest: each weight for itself; gptq: so that the layer's output changes least, calibrated."
+    rounding: Literal["nearest", "gptq", "awp"] = option(
+        "nearest",
+        "nearest: each weight for itself; gptq: so that the layer's output changes least, calibrated; awp: that by "
+        "projected descent. With both, zeros stay.",
     )
     clip: Literal["none", "mse"] = option("none", "mse: narrow each range to where the squared error is least.")
     order: bool = option(True, "For rounding=gptq: columns with the largest inputs first.")
@@ -162,7 +167,7 @@ class Quantize(Pass):
     def needs(self, model: ir.Model) -> Needs:
         wanted = (
             self.scheme == "static"
-            or self.rounding == "gptq"
+            or self.rounding != "nearest"
             or self.scaling != "none"
             or self.correct
             or self.keep
@@ -469,7 +474,7 @@ class Quantize(Pass):
 
     def _stages(self, chosen: Sequence[tuple[Site, Way]]) -> list[list[tuple[Site, Way]]]:
         """Layers whose statistics one run of the data gives."""
-        if not (self.sequential and self.rounding == "gptq"):
+        if not (self.sequential and self.rounding != "nearest"):
             return [list(chosen)]
         rows: list[list[tuple[Site, Way]]] = []
         for each in chosen:
@@ -488,7 +493,7 @@ class Quantize(Pass):
 
     def _swept(self, site: Site) -> bool:
         """Whether a weight is rounded by GPTQ: not where its rows are too short to make up for anything."""
-        if self.rounding != "gptq" or not site.calibrated or len({(u.order, u.grouped) for u in site.uses}) > 1:
+        if self.rounding == "nearest" or not site.calibrated or len({(u.order, u.grouped) for u in site.uses}) > 1:
             return False
         return site.depth * site.uses[0].window >= SHORT
 
@@ -500,6 +505,7 @@ class Quantize(Pass):
             return rounding.nearest(site.held, grid, granularity, clip=clip, least=least)
         gram = np.asarray(sum(_matrices(statistics[use.gram].products) for use in site.uses))
         how: dict[str, Any] = {"clip": clip, "order": self.order, "damp": self.damp, "least": least}
+        how["steps"] = STEPS if self.rounding == "awp" else 0
         return rounding.gptq(site.held, site.uses[0], gram, grid, granularity, **how)
 
 

@@ -439,6 +439,22 @@ def test_gptq_keeps_weights_of_inputs_that_calibration_never_had(seen: int) -> N
         assert (error < np.abs(held(model, "w")).max(axis=0) / 7).all()
 
 
+@pytest.mark.parametrize("rounded", ["gptq", "awp"])
+def test_zeros_stay_zeros(rounded: str) -> None:
+    """Half of the weights, and the inputs vary together, so that a sweep would fill them."""
+    w = normal(64, 48)
+    w[RANDOM.random(w.shape) < 0.5] = 0
+    model = build("y = MatMul(x, w)", "float[N,64] x", "float[N,48] y", w=w)
+    data, errors = rows(), []
+    want = run(model, x=data[0]["x"])["y"]
+    for rounding_ in ("nearest", rounded):
+        one = model.clone()
+        quantized(one, context(data), bits=3, rounding=rounding_)
+        assert (run(one, x=np.eye(64, dtype=np.float32))["y"][w == 0] == 0).all()
+        errors.append(float(np.square(run(one, x=data[0]["x"])["y"] - want).sum()))
+    assert errors[1] < 0.8 * errors[0]
+
+
 def test_gptq_of_depthwise_convolutions_changes_outputs_less_than_nearest() -> None:
     model = build(
         "y = Conv<pads=[1,1,1,1],group=16>(x, w)", "float[N,16,8,8] x", "float[N,16,8,8] y", w=normal(16, 1, 3, 3)

@@ -22,11 +22,11 @@ from graphc.quantization.streams import Stream
 POWERS = np.linspace(0, 1, 9)
 """How far ranges are made equal: not at all, to entirely."""
 
-MOST = 16.0
+MOST = 8.0
 """The largest factor: a channel that calibration hardly saw may be large on other data."""
 
 HEADROOM = 2.0
-"""How far beyond what calibration saw a channel can go before a Clip that does not know of its factor cuts it off."""
+"""How far beyond what calibration saw of it a channel that was made larger can go before it leaves the grid."""
 
 CODES = 255
 """Steps of the grid of an activation."""
@@ -46,10 +46,9 @@ def factors(stream: Stream, statistics: Mapping[Any, Any], grid: Grid) -> Array 
     ranges = np.max([statistics[use.moments].largest.reshape(-1) for use in stream.readers], axis=0)
     if not (ranges > 0).any():
         return None
-    relative = ranges.max() / np.maximum(ranges, ranges.max() / MOST)
-    if stream.clipped is not None:
-        # Clip stays as it is: what a factor makes of the channel must be below it.
-        relative = np.clip(stream.clipped / (HEADROOM * np.maximum(ranges, 1e-30)), 1.0, relative)
+    # A Clip stays as it is: what a factor makes of a channel must be below it.
+    most = ranges.max() if stream.clipped is None else stream.clipped
+    relative = np.clip(most / (HEADROOM * np.maximum(ranges, most / (HEADROOM * MOST))), 1.0, MOST)
     best, chosen = np.inf, 0.0
     for power in POWERS:
         loss = sum(_loss(use, relative**power, ranges, statistics, grid) for use in stream.readers)
