@@ -51,9 +51,12 @@ GRAPHC = {
 
 
 def ort_dynamic(source: Path, target: Path, samples: Samples) -> None:
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    quantize_dynamic(source, target, per_channel=True, reduce_range=True, weight_type=QuantType.QInt8)
+    model = onnx.load(source)
+    del model.graph.value_info[:]  # it transposes weights and would stumble over their old shapes
+    quantize_dynamic(model, target, per_channel=True, reduce_range=True, weight_type=QuantType.QInt8)
 
 
 def ort_static(source: Path, target: Path, samples: Samples) -> None:
