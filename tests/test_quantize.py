@@ -1038,3 +1038,14 @@ def test_what_kernels_round_is_part_of_the_measured_error() -> None:
     judge = Judge(model, [{"x": normal(1, 9, 64)}], 0, lambda what, done, total: None)
     quantized(model, bits=4, block=32)
     assert 1e-4 < judge.costs(model, ["error"])["error"] < 0.02
+
+
+def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    source, half, whole, rest = (tmp_path / f"{name}.onnx" for name in ("in", "half", "whole", "rest"))
+    save(mlp(), source)
+    how: dict[str, Any] = {"measure": False, "cache": False}
+    recipe = "simplify,quantize{bits=4 block=32 least=0},lower,lower-int8"
+    pipeline.optimize(source, whole, recipe=recipe, **how)
+    pipeline.optimize(source, half, recipe=recipe, stop_after="quantize", **how)
+    pipeline.optimize(half, rest, resume=True, **how)
+    assert rest.read_bytes() == whole.read_bytes()
