@@ -5,7 +5,7 @@
 Every variant is run by ONNX Runtime with all of its own optimisation, in turns within a model, each against the input
 in the same round. ``PYTHON`` is the interpreter of an environment with ``bench/requirements-peers.txt``. With names,
 only those models are measured again, and the others keep their results. Models that only this benchmark has are made by
-``bench/fuse_models.py``.
+``bench/fuse_models.py`` and ``bench/fuse_decoder.py``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 import cache
 import catalog
+import fuse_decoder
 import fuse_models
 import harness
 import numpy as np
@@ -38,6 +39,7 @@ MODELS = (
     "ppocr-rec",
     "llama-dynamo",
     "smollm2-dynamo",
+    *fuse_decoder.SIZES,
 )
 WHOLE = ("Attention", "MultiHeadAttention", "GroupQueryAttention")
 LIMIT = 180
@@ -137,8 +139,7 @@ def measure(name: str, seconds: float, peers: str) -> dict[str, Any]:
                 sessions[label] = runtime.session(path, optimise=True)
             except Exception as error:
                 failed[label] = harness.public(f"does not load: {error}")
-        for number, inputs in enumerate(_cases(name)):
-            shape = str(list(next(iter(inputs.values())).shape))
+        for number, (shape, inputs) in enumerate(_cases(name).items()):
             wanted = sessions[INPUT].run(inputs)
             usable: dict[str, Any] = {}
             for label, session in sessions.items():
@@ -180,13 +181,17 @@ def _entry(name: str) -> catalog.Entry:
     return own[name] if name in own else catalog.entry(name)
 
 
-def _cases(name: str) -> list[dict[str, np.ndarray[Any, Any]]]:
+def _cases(name: str) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
+    """The inputs of a model, by what they are called in the results."""
+    if name in fuse_decoder.SIZES:
+        return fuse_decoder.cases(name)
     first = _entry(name).arrays()[0]
-    if any(array.ndim != 2 for array in first.values()):
-        return [first]
-    length = next(iter(first.values())).shape[1]
-    wanted = LENGTHS.get(name, (length, 2 * length))
-    return [{key: np.resize(array, (1, n)).astype(array.dtype) for key, array in first.items()} for n in wanted]
+    found = [first]
+    if all(array.ndim == 2 for array in first.values()):
+        length = next(iter(first.values())).shape[1]
+        wanted = LENGTHS.get(name, (length, 2 * length))
+        found = [{key: np.resize(array, (1, n)).astype(array.dtype) for key, array in first.items()} for n in wanted]
+    return {str(list(next(iter(inputs.values())).shape)): inputs for inputs in found}
 
 
 def main() -> None:
@@ -205,7 +210,7 @@ def main() -> None:
     models = json.loads(path.read_text())["models"] if arguments.names and path.exists() else []
     for name in arguments.names or MODELS:
         if not cache.model(name).exists():
-            print(f"skipping {name}: make it with bench/models.py, bench/torch_models.py or bench/fuse_models.py")
+            print(f"skipping {name}: make it with bench/models.py, torch_models.py, fuse_models.py or fuse_decoder.py")
             continue
         print(f"{name} ...", flush=True)
         new = measure(name, arguments.seconds, arguments.peers)
