@@ -46,7 +46,7 @@ DEPTH = {
 
 
 BEST = "surgeon, per cost + ls"
-HEAL = "heal{minutes=10 batch=2 learning-rate=0.0002 hidden=0 held-out=0.05 precision=bfloat16}"
+HEAL = "heal{minutes=10 batch=2 learning-rate=5e-5 hidden=0 held-out=0.05 patience=0 precision=bfloat16}"
 """On two cores with nothing else to do; the original is the teacher, and all of the calibration text is read."""
 
 
