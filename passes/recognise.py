@@ -12,15 +12,15 @@ from graphc import edit
 from graphc.contract import Context, Effect, Pass, PassResult, option
 from graphc.opset.adapters import Unconvertible
 from graphc.opset.upgrade import upgrade
-from graphc.recognition import attention, norms, rotary
+from graphc.recognition import attention, gates, norms, rotary
 from graphc.recognition.graph import Graph
 from graphc.rewrites import elementwise
 from graphc.rewrites.base import Refused, Rule
 
-RuleName = Literal["elementwise", "layer-norm", "rms-norm", "rotary", "attention"]
+RuleName = Literal["elementwise", "swish", "layer-norm", "rms-norm", "rotary", "attention"]
 
 STAGES: tuple[tuple[Rule, ...], ...] = (
-    (*elementwise.RULES, norms.LAYER_NORM, norms.RMS_NORM),
+    (*elementwise.RULES, gates.SWISH, norms.LAYER_NORM, norms.RMS_NORM),
     (rotary.ROTARY,),
     (attention.ATTENTION,),
 )
@@ -41,6 +41,7 @@ class Recognise(Pass):
     same; what came near is refused with the first condition that failed. Rules, as ``only`` and ``skip`` name them:
 
     - ``elementwise``: Gelu, HardSwish, HardSigmoid and Mish.
+    - ``swish``: Swish, if the target computes it as one operator (opset 24).
     - ``layer-norm``: LayerNormalization.
     - ``rms-norm``: RMSNormalization (opset 23).
     - ``rotary``: RotaryEmbedding, by halves or pairs, of all channels or the first (opset 23).
@@ -57,7 +58,8 @@ class Recognise(Pass):
         result = PassResult()
         names = [name for stage in STAGES for rule in stage for name in rule.names]
         enabled = frozenset(n for n in names if (not self.only or n in self.only) and n not in self.skip)
-        why = _raise_opset(model, ctx)
+        newest = gates.SINCE if "swish" in enabled and gates.wanted(model, ctx.target) else _NEWEST
+        why = _raise_opset(model, ctx, newest)
         if why:
             result.refuse(model.graph.name or "the graph", why)
             enabled -= OPERATORS.keys()
@@ -84,19 +86,19 @@ class Recognise(Pass):
         return result
 
 
-def _raise_opset(model: ir.Model, ctx: Context) -> str:
+def _raise_opset(model: ir.Model, ctx: Context, newest: int) -> str:
     """Bring the model to the opset that has the operators; why not, if it stays at a lower one."""
     now = model.opset_imports.get("", 1)
     highest = ctx.target.max_opset.get("", now)
     if highest < _NEWEST:
         return f"{ctx.target.name} loads opsets up to {highest}; the operators are of opset {_NEWEST}"
-    if now >= _NEWEST:
+    if now >= newest:
         return ""
     try:
-        upgrade(model.clone(), _NEWEST)
+        upgrade(model.clone(), newest)
     except Unconvertible as error:
-        return f"the model cannot be brought to opset {_NEWEST}: {error.reason}"
-    upgrade(model, _NEWEST)
+        return f"the model cannot be brought to opset {newest}: {error.reason}"
+    upgrade(model, newest)
     return ""
 
 

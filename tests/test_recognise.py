@@ -195,3 +195,25 @@ def test_a_target_without_the_operator_keeps_what_it_had() -> None:
     bare = Context(target=Capabilities("bare", 10, {"": 23}, kernels=frozenset({("", "Add", "CPUExecutionProvider")})))
     result = Recognise().run(model, bare)
     assert not result.changed and "bare has no kernel for RMSNormalization" in reasons(result)
+
+
+@pytest.mark.parametrize(
+    "body, alpha",
+    [
+        ("s = Sigmoid(x) y = Mul(x, s)", 1.0),
+        ("c = Mul(two, x) s = Sigmoid(c) y = Mul(s, x)", 2.0),
+        ("s = Sigmoid(x) y = Mul(s, s)", None),
+        ("c = Mul(x, x) s = Sigmoid(c) y = Mul(s, x)", None),
+    ],
+)
+def test_swish_where_the_target_has_it(body: str, alpha: float | None) -> None:
+    model = norm(body)
+    able = Context(target=Capabilities("able", 10, {"": 24}))
+    result = Recognise().run(after := model.clone(), able)
+    assert operators(after) == (["Swish"] if alpha else operators(model)) and bool(result.changed) == bool(alpha)
+    if alpha:
+        assert [edit.attribute(node, "alpha") for node in edit.nodes(after)] == [alpha]
+        inputs = feeds(model)
+        np.testing.assert_allclose(run(after, inputs)["y"], run(model, inputs)["y"], rtol=0, atol=1e-6)
+        _, result = recognised(model)
+        assert "has no kernel for Swish, or the model is of an older opset" in reasons(result)[0]
