@@ -67,6 +67,12 @@ class Experiment:
     note: str = ""
 
 
+def twice(ratio: float, options: str) -> str:
+    """The recipe that prunes half, looks again at what has become of the model, and prunes the other half."""
+    parts = (ratio / 2, ratio / 2 / (1 - ratio / 2))
+    return ",".join(f"prune{{ratio={part:.4f} {options}}},shrink" for part in parts)
+
+
 def methods(
     of: str, kinds: str, scale: float, ratios: Sequence[float], more: Mapping[str, str], then: str = "shrink"
 ) -> list[Variant]:
