@@ -127,9 +127,12 @@ def test_attention_of_one_token_appends_in_place(
     heads: tuple[int, int], more: dict[str, object], past: int, batch: int, seed: int
 ) -> None:
     model = decoder(heads=heads[0], fewer=heads[1], **more)
+    for value in model.graph.outputs[1:]:
+        value.shape = ir.Shape(["B", heads[1], "P + 1", 8])
     after = model.clone()
     result = Lower(**ONLY, in_place=True).run(after, always(0.5))
     assert result.changes == ["GroupQueryAttention written"] and not result.refusals
+    assert [str(v.shape) for v in after.graph.outputs[1:]] == [str(v.shape) for v in model.graph.outputs[1:]]
     inputs = example(model, seed, past, batch)
     wanted = run(model, inputs)
     for name, array in run(after, inputs).items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from graphc import frontends, inspection, model, runtime
@@ -25,6 +26,15 @@ def test_operators_with_a_kernel_are_realised(tmp_path: Path) -> None:
     each = frontends.load(FRAGMENTS / "llama-dynamo.onnx").model
     Recognise().run(each, CONTEXT)
     assert missing(each, tmp_path) == []
+
+
+def test_weights_may_stand_in_a_file_of_their_own(tmp_path: Path) -> None:
+    weight = np.arange(1 << 16, dtype=np.float32).reshape(256, 256)
+    models = {name: build("t = MatMul(x, w) y = Gelu(t)", x="float[1,256] x", w=weight) for name in ("one", "two")}
+    model.save_together(models, tmp_path)
+    path = tmp_path / "one.onnx"
+    assert [p for p in tmp_path.iterdir() if p.suffix == ".data"]
+    assert realised.unrealised(model.load(path), path, provider=runtime.CPU, options={}) == []
 
 
 def test_an_operator_without_a_kernel_is_not(tmp_path: Path) -> None:

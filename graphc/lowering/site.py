@@ -89,8 +89,8 @@ def _write_steps(site: Site, graph: Graph) -> None:
 
 def _take_place(new: ir.Value, old: ir.Value, inside: Collection[ir.Node | None], graph: Graph) -> None:
     """Let everyone but the nodes ``inside`` read a new value in the place of an old one, under its name."""
-    name = old.name
-    if old.is_graph_output():
+    name, public, declared = old.name, old.is_graph_output(), (old.type, old.shape)
+    if public:
         edit.replace(old, new)
     else:
         for use in [u for u in old.uses() if u.node not in inside]:
@@ -98,6 +98,8 @@ def _take_place(new: ir.Value, old: ir.Value, inside: Collection[ir.Node | None]
         old.name, new.name = graph.fresh(f"{name}.replaced"), name
     graph.made["written", old] = new
     graph.note(new, old, graph.dims(old))
+    if public:
+        new.type, new.shape = declared
 
 
 def _remove(site: Site, graph: Graph) -> None:

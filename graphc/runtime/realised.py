@@ -36,7 +36,6 @@ def unrealised(model: ir.Model, path: Path, *, provider: str, options: Mapping[s
         CannotRun: The runtime rejects the model.
     """
     from graphc import runtime
-    from graphc.model import load
 
     planned = Counter(name for node in edit.nodes(model) if (name := _planned(node)))
     if not planned:
@@ -46,7 +45,7 @@ def unrealised(model: ir.Model, path: Path, *, provider: str, options: Mapping[s
         settings = runtime.settings(optimise=True, options=dict(options))
         settings.optimized_model_filepath = str(written)
         runtime.handle(str(path), settings, provider, where=str(path))
-        found = Counter(node.op_type for node in edit.nodes(load(written)))
+        found = Counter(node.op_type for node in edit.nodes(ir.load(written)))
     missing = []
     for name, count in sorted(planned.items()):
         whole = sum(found[each] for each in _NAMES.get(name, (name,)))
