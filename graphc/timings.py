@@ -29,6 +29,9 @@ _SECONDS = (0.05, 0.4)
 _CLEAR = (0.8, 1.1)
 """Ratios below and above which a first look is enough."""
 
+_STEADY = 1.25
+"""The ratio of the quartiles up to which a measurement is kept for other runs: others were disturbed."""
+
 _DIGITS = 3
 
 
@@ -104,7 +107,7 @@ class Table:
             return None
         # The upper quartile: faster must mean faster most of the time.
         ratio = round(timing.ratio_high, _DIGITS)
-        if self._store is not None:
+        if self._store is not None and timing.ratio_high <= _STEADY * timing.ratio_low:
             self._store.put(_key(probe.signature), lambda folder: _keep(folder, ratio))
         return ratio
 
