@@ -123,7 +123,8 @@ def _numbers(goal: Goal, kind: Kind, convolves: bool, target: Capabilities, cali
     if target.providers and target.providers[0] != _CPU:
         if goal == "small" and kind == "language model":
             return "gptq-int4" if calibrated else "int4-weights", "its weights are nearly all of its size"
-        return "cast{to=float16}", "GPUs compute in float16 at least twice as fast, and the file is half as large"
+        found = "cast" if calibrated else "cast{ranges=false}"
+        return found, "GPUs compute in float16 at least twice as fast, and the file is half as large"
     if not target.has_kernel("com.microsoft", "MatMulNBits"):
         return DEFAULT, "exact passes only, as the target computes with short weights no faster and stores them whole"
     if goal == "small" and kind == "language model":

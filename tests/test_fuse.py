@@ -160,6 +160,7 @@ def test_after_a_convolution(body: str, constants: dict, expected: list[str]) ->
         ("p = MatMul(x, w) y = Add(t, p)", {"w": M, "t": T}, ["Gemm"]),
         ("y = Gemm(x, w, c)", {"w": M, "c": B}, ["Gemm"]),
         ("p = Gemm(x, w) y = Add(p, t)", {"w": M, "t": T}, ["Gemm"]),
+        ("d = Tanh(x) p = Gemm<beta=2.0>(x, w) y = Add(p, d)", {"w": numbers(6, 6)}, ["Tanh", "Gemm"]),
         ("d = Tanh(x) p = Gemm(x, w) y = Add(p, d)", {"w": numbers(6, 6)}, ["Tanh", "Gemm"]),
         ("d = Tanh(x) p = MatMul(x, w) y = Add(p, d)", {"w": numbers(6, 6)}, ["Tanh", "MatMul", "Add"]),
         ("p = MatMul(x, w) y = Add(p, t)", {"w": M, "t": numbers(2, 1)}, ["MatMul", "Add"]),

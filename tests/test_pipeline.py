@@ -266,6 +266,6 @@ def test_the_report_is_written_as_json_and_html(tmp_path: Path) -> None:
     assert document["schema"] == "graphc-report/1"
     keys = "schema input output target recipe passes rewrite approximation measurements warnings notes"
     assert set(document) == set(keys.split())
-    keys = "name options effect changes refusals error rolled_back seconds"
+    keys = "name options effect changes refusals error rolled_back seconds losses"
     assert set(document["passes"][0]) == set(keys.split())
     assert "<svg" in (tmp_path / "r.html").read_text()

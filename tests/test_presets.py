@@ -118,7 +118,8 @@ def test_choices_by_kind() -> None:
     assert chosen("small", "tiny_mixtral_bytes", False) == Recipe.named("int4-weights").text()
     assert "rounding=gptq" in chosen("small", "tiny_mixtral_bytes", True)
     assert chosen("fast", "tiny_mixtral_bytes", False) == Recipe.named("int8-dynamic").text()
-    assert chosen("fast", "tiny_mixtral_bytes", False, GPU).endswith("cast")
+    assert chosen("fast", "tiny_mixtral_bytes", False, GPU).endswith("cast{ranges=false}")
+    assert chosen("fast", "tiny_mixtral_bytes", True, GPU).endswith("cast")
     assert chosen("fast", "fmnist_resnet", False) == Recipe.named(DEFAULT).text()
     resnet = chosen("fast", "fmnist_resnet", True)
     assert "prune{ratio=0.3 of=flops" in resnet and "scheme=static" in resnet

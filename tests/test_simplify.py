@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from graphc import edit, runtime
 from graphc.contract import Capabilities, Context, PassResult
+from graphc.errors import BadInput
 from graphc.passes.simplify import Simplify
 
 DATA = Path(__file__).parent / "data"
@@ -369,7 +370,7 @@ def test_growth_is_bounded() -> None:
     assert any("grow" in r.reason for r in result.refusals)
     after, _ = check(model, growth=20.0)
     assert operators(after) == ["Add"]
-    with pytest.raises(ValueError, match="growth"):
+    with pytest.raises(BadInput, match="growth"):
         Simplify(growth=-1)
 
 

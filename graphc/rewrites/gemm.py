@@ -47,6 +47,7 @@ def matmul_add(node: ir.Node, rewriter: Rewriter) -> str | None:
     made.metadata_props.update(product.metadata_props)
     if product.op_type == "Gemm":
         made.attributes.update(product.attributes)
+        made.attributes.pop("beta", None)  # it scaled a bias that was not there
     rewriter.drop(product)
     return f"{product.op_type}, Add merged into Gemm"
 
