@@ -62,7 +62,10 @@ layer (LLM-Pruner) beat FLAP at 10 %, where only neurons go, and collapse from 2
 three query heads a layer, so that an even ratio takes a third of a layer's heads or none, and most layers cannot
 spare a third. FLAP compares the heads of all layers and is spared that. Least squares is damped by 1 % of each
 channel's own variance, not of the mean one as in published code: the largest neuron of blocks 11 and 28 has 10^4 to
-10^6 times the median variance, and would hide all others."""
+10^6 times the median variance, and would hide all others.
+
+Healing for as long as ten minutes on two cores take (98 steps of two windows) brings back 36 % of what `surgeon` has
+lost at 20 %: a step over a window takes seconds here, and it had not stopped improving."""
 
 DEPTH_NOTE = """\
 As published: the blocks that matter least stand in the upper middle, not at the ends (14, 17 and 25 of 0 to 29; 13 to
@@ -125,6 +128,5 @@ def _smollm2(text: Path, variants: Sequence[Variant], held: int, note: str = "")
         f"Perplexity is read on the first {len(held_out)} windows of 512 tokens of the held-out text; statistics and "
         f"gradients come from {len(calibration)} windows of the calibration text, for every method."
     )
-    return Experiment(
-        cache.model("smollm2-dynamo"), "simplify,fuse", calibration, perplexity, "perplexity", sample, variants, about
-    )
+    model = cache.model("smollm2-dynamo")
+    return Experiment(model, "simplify,fuse", calibration, perplexity, "perplexity", sample, variants, about, note)
