@@ -67,14 +67,24 @@ class Gate:
         return Gate("latency", *_quantity(text, _TIMES, "--max-latency", "5ms or 0.8x"))
 
 
+HELD = 1 << 30
+"""Bytes of the original's outputs that are held, to compare those of candidates with."""
+
+_PART = "what lossy passes cost was read on the first {used} of {given} samples: their outputs are large"
+
+
 class Judge:
     """Measures what a model's outputs differ by from those of the model as it came.
 
     Args:
         reference: The model as it came.
-        samples: The user's data, all of which is used; inputs are made to fit when there is none.
+        samples: The user's data, as far as its outputs take no more than a gigabyte; inputs are made to fit when there
+            is none.
         seed: Of the inputs made.
         progress: ``progress(what, done, total)``.
+
+    Attributes:
+        note: How much of the data was used, if not all.
 
     Raises:
         BadInput: The reference cannot run here.
@@ -102,6 +112,9 @@ class Judge:
 
         self._inputs = list(samples) or [c.arrays for c in inputs.generate(reference, seed=seed, accepts=runs)]
         self._wanted = self._outputs(session, "running the original")
+        used, given = len(self._wanted), len(self._inputs)
+        self._inputs = self._inputs[:used]
+        self.note = "" if used == given else _PART.format(used=used, given=given)
 
     @staticmethod
     def _session(model: ir.Model, *, optimise: bool = False) -> Session:
@@ -113,10 +126,13 @@ class Judge:
     def _outputs(self, session: Session, what: str, model: ir.Model | None = None) -> list[dict[str, Any]]:
         from graphc.checking.interface import fitting
 
-        found = []
+        found, held = [], 0
         for i, arrays in enumerate(self._inputs):
             self._progress(what, i, len(self._inputs))
             found.append(session.run(arrays if model is None else fitting(model, arrays)))
+            held += sum(array.nbytes for array in found[-1].values())
+            if held > HELD and model is None:
+                break
         session.close()
         return found
 

@@ -121,7 +121,7 @@ class Work:
             approximation=done.approximation,
             measurements=dict(loaded.measurements),
             warnings=done.warnings,
-            notes=list(loaded.notes),
+            notes=[*loaded.notes, *([self.judge.note] if "judge" in vars(self) and self.judge.note else [])],
             preset=self.choice.to_json() if self.choice is not None else {},
             timings=timings.digest(done.timings),
             model=done.model,

@@ -269,3 +269,21 @@ def test_the_report_is_written_as_json_and_html(tmp_path: Path) -> None:
     keys = "name options effect changes refusals error rolled_back seconds losses"
     assert set(document["passes"][0]) == set(keys.split())
     assert "<svg" in (tmp_path / "r.html").read_text()
+
+
+def test_cost_is_read_on_as_many_samples_as_fit_and_the_report_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    data = [{"image": rng.standard_normal((1, 1, 28, 28)).astype(np.float32)} for _ in range(3)]
+
+    def notes() -> list[str]:
+        report = graphc.optimize(
+            DATA / "fmnist_resnet.onnx", recipe="prune{ratio=0.3 criterion=l2}", data=data, measure=False, cache=False
+        )
+        assert report.approximation
+        return [note for note in report.notes if "samples" in note]
+
+    assert notes() == []
+    monkeypatch.setattr("graphc.gate.HELD", 60)  # the logits of a sample are 40 bytes
+    assert notes() == ["what lossy passes cost was read on the first 2 of 3 samples: their outputs are large"]
