@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from graphc import runtime
+from graphc.runtime import timing
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -83,3 +87,13 @@ def methods(
             text = f"prune{{ratio={ratio * scale:.4f} of={of} kinds=[{kinds}] {options}}},{then}"
             found.append(Variant(name, ratio, text))
     return found
+
+
+def timed(sample: Mapping[str, Array], dense: Path, path: Path, seconds: float) -> dict[str, Any]:
+    """The latency of a model by that of the dense one, with its quartiles, and the load meanwhile."""
+    models = {
+        name: runtime.session(file, optimise=True, threads=1) for name, file in (("dense", dense), ("variant", path))
+    }
+    found = timing.measure(models, sample, seconds=seconds)["variant"]
+    span = [round(found.ratio_low, 3), round(found.ratio_high, 3)]
+    return {"latency": round(found.ratio, 3), "latency_span": span, "load": round(os.getloadavg()[0], 1)}

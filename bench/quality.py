@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -33,13 +32,12 @@ import quality_encoder
 import quality_images
 import quality_lm
 import tables
-from experiment import Array, Experiment, Variant
+from experiment import Array, Experiment, Variant, timed
 
 from graphc import flops, pipeline, runtime
 from graphc.frontends import load
 from graphc.passes.heal import Heal
 from graphc.recipe import Recipe
-from graphc.runtime import timing
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "quality.json"
@@ -160,16 +158,6 @@ def _started(variant: Variant, path: Path) -> Path:
     return source.resolve()
 
 
-def timed(experiment: Experiment, dense: Path, path: Path, seconds: float) -> Row:
-    """The latency of a model by that of the dense one, with its quartiles, and the load meanwhile."""
-    models = {
-        name: runtime.session(file, optimise=True, threads=1) for name, file in (("dense", dense), ("variant", path))
-    }
-    found = timing.measure(models, experiment.sample, seconds=seconds)["variant"]
-    span = [round(found.ratio_low, 3), round(found.ratio_high, 3)]
-    return {"latency": round(found.ratio, 3), "latency_span": span, "load": round(os.getloadavg()[0], 1)}
-
-
 def written(row: Row, experiment: Experiment, name: str, found: Row, out: Path) -> None:
     """Put a row into the results, which another run may have changed meanwhile."""
     document: Row = json.loads(out.read_text()) if out.exists() else {"schema": 1, "experiments": {}}
@@ -240,7 +228,7 @@ def main() -> None:
                     print(f"  {variant.ratio:.2f} {variant.name:32} was not kept")
                     continue
                 if a.seconds:
-                    row |= timed(experiment, dense, path, a.seconds)
+                    row |= timed(experiment.sample, dense, path, a.seconds)
                 latency = "" if row["latency"] is None else f"  latency {row['latency']:.2f}"
                 print(f"  {row['ratio']:.2f} {row['variant']:32} {row['quality']:9.4f}{latency}"
                       f"  parameters {row['parameters']:,}  {row['seconds']} s", flush=True)  # fmt: skip

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shutil
 import sys
@@ -24,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import process
+from experiment import timed
 from quantization_models import EXPERIMENTS, Experiment, Samples
 
-from graphc import pipeline, runtime
-from graphc.runtime import timing
+from graphc import pipeline
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "quantize.json"
@@ -171,16 +170,6 @@ def measure(name: str, experiment: Experiment, variant: str, dense: Path, path: 
     return row
 
 
-def timed(experiment: Experiment, dense: Path, path: Path, seconds: float) -> Row:
-    """The latency of a model by that of the dense one, with its quartiles, and the load meanwhile."""
-    models = {
-        name: runtime.session(file, optimise=True, threads=1) for name, file in (("dense", dense), ("variant", path))
-    }
-    found = timing.measure(models, experiment.sample, seconds=seconds)["variant"]
-    span = [round(found.ratio_low, 3), round(found.ratio_high, 3)]
-    return {"latency": round(found.ratio, 3), "latency_span": span, "load": round(os.getloadavg()[0], 1)}
-
-
 def written(row: Row, experiment: Experiment, name: str, found: Row, out: Path) -> None:
     """Put a row into the results, which another run may have changed meanwhile."""
     document: Row = json.loads(out.read_text()) if out.exists() else {"schema": 1, "experiments": {}}
@@ -240,7 +229,7 @@ def main() -> None:
                     print(f"  {variant} was not kept")
                     continue
                 if a.seconds and not row["failure"]:
-                    row |= timed(experiment, dense, path, a.seconds)
+                    row |= timed(experiment.sample, dense, path, a.seconds)
                 print(f"  {row}", flush=True)
                 written(row, experiment, name, found, a.out)
                 if a.keep is None:

@@ -96,6 +96,11 @@ def test_what_does_not_fit(body: str, reason: str) -> None:
     assert reasons(result)[0].startswith(reason)
 
 
+def test_a_factor_with_more_axes_than_the_value_is_no_gate() -> None:
+    model = build("c = Mul(x, q) s = Sigmoid(c) y = Mul(s, x)", x=ROWS, q=np.full((1, 1, 1, 1), 1.702, np.float32))
+    assert operators(lowered(model)[0]) == operators(model)
+
+
 def test_a_portable_target_keeps_the_standard_operators() -> None:
     model = build("s = Sigmoid(x) y = Mul(x, s)", x=ROWS)
     result = Lower(only=("quick-gelu",)).run(model, CONTEXT)

@@ -9,8 +9,9 @@ import onnx_ir as ir
 from graphc import edit
 from graphc.lowering import cached, experts, weights
 from graphc.lowering.site import Site
+from graphc.recognition.gates import gated
 from graphc.recognition.graph import Graph
-from graphc.rewrites.base import Refused, sole_reader
+from graphc.rewrites.base import Refused
 
 
 def _skip_norm(node: ir.Node, graph: Graph) -> Site | None:
@@ -64,25 +65,14 @@ def _multi_head(node: ir.Node, graph: Graph) -> Site | None:
 
 def _quick_gelu(node: ir.Node, graph: Graph) -> Site | None:
     """``x * sigmoid(alpha * x)``."""
-    try:
-        product = sole_reader(node.outputs[0])
-    except Refused:
+    found = gated(node, graph)
+    if found is None:
         return None
-    if not edit.is_op(product, "Mul"):
+    product, x, alpha, scaled = found
+    if scaled is not None and len(scaled.outputs[0].uses()) != 1:
         return None
-    other = next((v for v in product.inputs if v is not node.outputs[0]), None)
-    inside, alpha = node.inputs[0], 1.0
-    nodes: tuple[ir.Node, ...] = (product, node)
-    scaled = inside.producer() if inside is not None else None
-    if inside is not other and edit.is_op(scaled, "Mul") and scaled is not None and len(scaled.outputs[0].uses()) == 1:
-        found = next((edit.scalar(v) for v in scaled.inputs if edit.scalar(v) is not None), None)
-        inside = next((v for v in scaled.inputs if edit.scalar(v) is None), None)
-        if found is None:
-            return None
-        alpha, nodes = float(found), (*nodes, scaled)
-    if inside is None or inside is not other:
-        return None
-    return Site("quick-gelu", "QuickGelu", nodes, (inside,), (product.outputs[0],), {"alpha": alpha})
+    nodes = (product, node) if scaled is None else (product, node, scaled)
+    return Site("quick-gelu", "QuickGelu", nodes, (x,), (product.outputs[0],), {"alpha": alpha})
 
 
 def _bias_gelu(node: ir.Node, graph: Graph) -> Site | None:
