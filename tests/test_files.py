@@ -279,6 +279,8 @@ def test_parallel_writers_of_one_output(tmp_path) -> None:
             write_forever("data", tmp_path)
         writers.append(writer)
     allowed = {models.content_hash(build(1)), models.content_hash(build(2))}
+    while not (tmp_path / "out.onnx").exists():
+        time.sleep(0.01)
     time.sleep(0.5)
     for writer in writers:
         os.kill(writer, signal.SIGKILL)
