@@ -385,7 +385,7 @@ def test_tuning_measures_remembers_and_goes_on(tvm: Any, tmp_path: Path, monkeyp
 
 def test_every_choice_of_a_tuner_is_right(tvm: Any) -> None:
     from graphc.tvm import build as builder
-    from graphc.tvm import emit, importer, schedule, targets
+    from graphc.tvm import contraction, emit, importer, nest, schedule, targets
 
     model = text("y = Conv<strides: ints = [2,2]>(x, w)", "(float[1,4,15,13] x) => (float y)")
     model.graph.initializers["w"] = own = weight("w", 32, 4, 3, 3)
@@ -393,9 +393,9 @@ def test_every_choice_of_a_tuner_is_right(tvm: Any) -> None:
     target = targets.resolve("x86-64-v3", 2)
     ((_, _, simple),) = emit.lowered(model, ())
     module = builder.prepare(importer.to_relax(simple), target)
-    machine = schedule.Machine.of(target)
+    machine = nest.Machine.of(target)
     assert (machine.lanes, machine.registers) == (8, 16)
-    name, function = next((n, f) for n, f in schedule.functions(module) if schedule.choices(f, machine))
+    name, function = next((n, f) for n, f in schedule.functions(module) if contraction.choices(f, machine))
     shapes = [tuple(int(size) for size in p.ty.shape) for p in function.params]
     arrays = [np.random.default_rng(i).standard_normal(shape).astype(np.float32) for i, shape in enumerate(shapes)]
 
@@ -407,7 +407,7 @@ def test_every_choice_of_a_tuner_is_right(tvm: Any) -> None:
         return found
 
     wanted = run(function)
-    offered = schedule.choices(function, machine)
+    offered = contraction.choices(function, machine)
     assert len(offered) >= 6
     for choice in offered[:6] + offered[-2:]:
         nest = schedule.scheduled(function, machine, choice)

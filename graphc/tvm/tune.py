@@ -1,8 +1,8 @@
 """Measures loops, and remembers which are the fastest.
 
-What can be decided of a loop nest is listed by :func:`graphc.tvm.schedule.choices`. Every choice that was measured is
-kept under the hash of the nest, the target and the number of threads: a run that was interrupted goes on where it was,
-and another model with the same nest knows the answer.
+What can be decided of a loop nest is listed by :func:`graphc.tvm.contraction.choices`. Every choice that was measured
+is kept under the hash of the nest, the target and the number of threads: a run that was interrupted goes on where it
+was, and another model with the same nest knows the answer.
 """
 
 from __future__ import annotations
@@ -22,13 +22,19 @@ from graphc import cache
 from graphc.contract import Progress
 from graphc.environment import installed
 from graphc.errors import BadInput
-from graphc.tvm.schedule import RULED, Choice, Machine, choices, functions, scheduled
+from graphc.tvm.contraction import choices
+from graphc.tvm.nest import RULED, Choice, Machine
+from graphc.tvm.schedule import functions, scheduled
 
 RUNS = 7
 """Runs of a loop nest of which the fastest counts: what disturbs a run makes it slower."""
 
 HOPELESS = 1.5
 """Times the best so far at which the first runs of a choice end its measurement."""
+
+
+RULES = ("nest.py", "schedule.py", "contraction.py", "folds.py")
+"""The files on which a choice's loops depend."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +180,7 @@ def _workload(function: Any, target: Any) -> dict[str, Any]:
         "threads": os.environ.get("TVM_NUM_THREADS", ""),
         "cpus": os.cpu_count(),
         "tvm": installed("apache-tvm"),
-        "rules": cache.file_hash(Path(__file__).with_name("schedule.py")),
+        "rules": [cache.file_hash(Path(__file__).with_name(name)) for name in RULES],
     }
 
 
