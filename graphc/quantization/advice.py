@@ -3,28 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import onnx_ir as ir
 
 from graphc.contract import Capabilities
+from graphc.quantization.options import Options
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-
-
-class Options(Protocol):
-    """What advice depends on of the options of ``quantize``."""
-
-    @property
-    def scheme(self) -> str: ...
-    @property
-    def bits(self) -> int: ...
-    @property
-    def block(self) -> int: ...
-    @property
-    def form(self) -> str: ...
-    @property
-    def full_range(self) -> bool: ...
 
 
 def notes(options: Options, model: ir.Model, target: Capabilities) -> Iterator[str]:

@@ -8,15 +8,19 @@ convolutions, so that how far to go is chosen by what both errors come to.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 from graphc import edit
+from graphc.contract import Context, PassResult
 from graphc.contraction import Contraction
 from graphc.edit import Array
+from graphc.quantization import streams
 from graphc.quantization.grid import Grid
+from graphc.quantization.sites import Site
 from graphc.quantization.streams import Stream
 
 POWERS = np.linspace(0, 1, 9)
@@ -30,6 +34,22 @@ HEADROOM = 2.0
 
 CODES = 255
 """Steps of the grid of an activation."""
+
+
+def apply(model: ir.Model, chosen: Sequence[Site], grid: Grid, ctx: Context, result: PassResult) -> None:
+    """Bring the channels between products to like ranges; see :func:`factors`."""
+    found = streams.find(chosen)
+    if not found:
+        result.refuse("", "no channels are between products that let a factor through")
+        return
+    names = edit.Names(model)
+    statistics = ctx.collect(model, {use.moments for stream in found for use in stream.readers})
+    for i, stream in enumerate(found):
+        ctx.progress("scaling", i, len(found))
+        by_channel = factors(stream, statistics, grid)
+        if by_channel is not None:
+            streams.scale(stream, by_channel, names)
+            result.change("channels brought to like ranges", stream.channels)
 
 
 def factors(stream: Stream, statistics: Mapping[Any, Any], grid: Grid) -> Array | None:

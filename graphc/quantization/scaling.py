@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from graphc import edit
 from graphc.axes import cut
+from graphc.contract import Context, PassResult
 from graphc.edit import Array, is_op
 from graphc.quantization.granularity import Granularity
 from graphc.quantization.grid import Grid
@@ -69,6 +70,27 @@ def _held(value: ir.Value) -> ir.TensorProtocol:
     held = edit.tensor(value)
     assert held is not None
     return held
+
+
+def apply(
+    model: ir.Model,
+    chosen: Sequence[tuple[Site, Way]],
+    method: Method,
+    alpha: float,
+    ctx: Context,
+    result: PassResult,
+) -> None:
+    """Move scales from activations to all weights that can take them; see :func:`move`."""
+    found = groups(chosen)
+    if not found:
+        result.refuse("", "no normalisation could take the scales of what reads it")
+        return
+    names = edit.Names(model)
+    statistics = ctx.collect(model, {members[0][0].uses[0].moments for members in found})
+    for i, members in enumerate(found):
+        ctx.progress("scaling", i, len(found))
+        moved = move(members, statistics, method, alpha, names)
+        result.change("activation's scales moved to its weights", int(moved))
 
 
 def move(

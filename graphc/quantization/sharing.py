@@ -1,0 +1,123 @@
+"""Layers that get more bits than others: the most sensitive ones, or each what a budget allows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+
+from graphc.contract import Context, PassResult
+from graphc.errors import BadInput
+from graphc.quantization import allocation, sensitivity, speed, writing
+from graphc.quantization.allocation import Way
+from graphc.quantization.options import NO_LIMITS, Options
+from graphc.quantization.sites import Site
+from graphc.quantization.ways import sites_of, way_of
+
+MEASURED = 64 << 20
+"""Bytes of constants up to which sensitivities are measured at the model's outputs."""
+
+
+def losses(
+    options: Options, model: ir.Model, found: Sequence[Site], each: Sequence[Sequence[Way | None]], ctx: Context
+) -> list[list[float]]:
+    """What each way to quantize each layer alone costs; 0 for none."""
+    mode = options.sensitivity
+    if mode == "auto":
+        mode = "outputs" if sum(s.held.nbytes for s in found) <= MEASURED and ctx.calibration else "layers"
+    if mode == "outputs" and not ctx.calibration:
+        raise BadInput("sensitivity=outputs needs calibration data", where="quantize", hint="--calibrate")
+    plain = dataclasses.replace(options, **NO_LIMITS, rounding="nearest", sensitivity=mode)
+
+    def measure() -> list[list[float]]:
+        if mode == "layers":
+            wanted = {use.moments for site in found if site.calibrated for use in site.uses}
+            statistics: Mapping[Any, Any] = ctx.collect(model, wanted) if ctx.calibration else {}
+            rows = []
+            for i, (site, ways) in enumerate(zip(found, each, strict=True)):
+                ctx.progress("estimating layers", i, len(found))
+                rows.append(sensitivity.own(site, ways, statistics))
+            return rows
+        outputs = sensitivity.Outputs(model, ctx.calibration)
+        rows = []
+        for i, ways in enumerate(each):
+            ctx.progress("measuring layers", i, len(found))
+            row = []
+            for way in ways:
+                if way is None:
+                    row.append(0.0)
+                    continue
+                copy = model.clone()
+                own = sites_of(plain, copy, PassResult())
+                alone: list[Way | None] = [way if k == i else None for k in range(len(own))]
+                writing.write(plain, copy, own, alone, ctx, PassResult())
+                row.append(outputs.loss(copy))
+            rows.append(row)
+        return rows
+
+    return sensitivity.remembered(model, ctx, f"{plain.spec()} {[list(map(repr, ways)) for ways in each]}", measure)
+
+
+def kept(
+    options: Options,
+    model: ir.Model,
+    found: Sequence[Site],
+    ways: Sequence[Way | None],
+    ctx: Context,
+    result: PassResult,
+) -> list[Way | None]:
+    """The ways with the most sensitive layers at the fallback."""
+    cost = [row[0] for row in losses(options, model, found, [[way] for way in ways], ctx)]
+    result.losses = {site.name: loss for site, way, loss in zip(found, ways, cost, strict=True) if way}
+    order = sorted((i for i, way in enumerate(ways) if way), key=lambda i: -cost[i])
+    bits = options.fallback or (8 if options.bits < 8 else 0)
+    new = list(ways)
+    for i in order[: options.keep]:
+        new[i] = way_of(options, found[i], bits) if options.scheme == "weights" else None
+    names = [f"{found[i].name} ({cost[i]:.1e})" for i in order[: options.keep]]
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    more_bytes = sum(
+        allocation.nbytes(found[i], new[i]) - allocation.nbytes(found[i], ways[i]) for i in order[: options.keep]
+    )
+    held = f"{bits} bits" if bits and options.scheme == "weights" else "their own type"
+    result.note(
+        f"quantize: the {len(names)} most sensitive layers keep {held}, {more_bytes:,} bytes more: "
+        f"{', '.join(names[:6])}{more}; in brackets the relative error that each alone would cause"
+    )
+    return new
+
+
+def allocated(
+    options: Options,
+    model: ir.Model,
+    found: Sequence[Site],
+    ways: Sequence[Way | None],
+    ctx: Context,
+    result: PassResult,
+) -> list[Way | None]:
+    """The bits of each layer by a knapsack over what its errors cost."""
+    version = model.graph.opset_imports.get("", 0)
+    choices: list[list[Way | None]] = []
+    for site, way in zip(found, ways, strict=True):
+        # How long a convolution takes does not go by its elements.
+        said = way and not site.gathers and not (options.time and len(site.shape) != 2)
+        own = [way_of(options, site, bits) for bits in sorted(options.choices)] if said else []
+        choices.append([each for each in own if each and each[0].opset <= version] + ([None] if own else []))
+    costs = [[float(allocation.nbytes(site, way)) for way in row] for site, row in zip(found, choices, strict=True)]
+    shared = [site for site, row in zip(found, choices, strict=True) if row]
+    limit = options.budget * sum(site.held.size for site in shared) / 8
+    if options.megabytes:
+        fixed = zip(found, ways, choices, strict=True)
+        limit = options.megabytes * 1e6 - sum(allocation.nbytes(site, way) for site, way, row in fixed if not row)
+    elif options.time:
+        costs = speed.costs(found, choices, lambda bits: options.plain(bits=bits), options.rows, ctx)
+        limit = options.time * sum(site.held.size for site in shared)
+    lost = losses(options, model, found, choices, ctx)
+    new, note = allocation.share(found, ways, choices, lost, costs, limit)
+    spent = sum(c[row.index(way)] for c, row, way in zip(costs, choices, new, strict=True) if row)
+    if spent > limit * 1.01:
+        result.refuse("", "the budget cannot be met with these choices")
+    result.note(f"quantize: {note}")
+    return new

@@ -1,0 +1,133 @@
+"""Weights, and activations that are quantized, are written into the graph in their ways."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from graphc import edit
+from graphc.contract import Context, PassResult
+from graphc.quantization import activations, correction, dynamic, guard, rounding, static, store
+from graphc.quantization.allocation import Way
+from graphc.quantization.options import Options
+from graphc.quantization.rounding import Codes
+from graphc.quantization.sites import Site
+from graphc.quantization.ways import integers
+from graphc.stats import RangeOf, Request
+
+SHORT = 4
+"""Inputs of an output from which the later ones can make up for what GPTQ does to the earlier."""
+
+STEPS = 100
+"""Steps of projected descent."""
+
+
+def write(
+    options: Options,
+    model: ir.Model,
+    found: Sequence[Site],
+    ways: Sequence[Way | None],
+    ctx: Context,
+    result: PassResult,
+) -> tuple[int, int]:
+    """Quantize the weights that have a way; returns bytes and elements."""
+    names = edit.Names(model)
+    chosen = [(site, way) for site, way in zip(found, ways, strict=True) if way]
+    whole = {id(site): integers(options, site) for site, _ in chosen}
+    scales: static.Scales = {}
+    planned: static.Plan | None = None
+    if options.scheme == "static":
+        planned = static.plan(model, [site for site, _ in chosen if whole[id(site)]])
+        scales = _scales(options, model, planned, ctx)
+    writer = dynamic.Writer(model, names)
+    nbytes = size = done = 0
+    for stage in _stages(options, chosen):
+        statistics = _statistics(options, model, stage, ctx)
+        for site, way in stage:
+            ctx.progress("quantize", done, len(chosen))
+            done += 1
+            codes = _codes(options, site, way, statistics, scales if whole[id(site)] else {})
+            nbytes, size = nbytes + codes.nbytes, size + site.held.size
+            if options.correct and correction.possible(site):
+                result.change("bias corrected", correction.correct(site, codes, statistics, names))
+            what = f"weight stored in {codes.grid.dtype.name.lower()}"
+            if not whole[id(site)]:
+                store.dequantized(site, codes, names)
+            elif options.scheme == "dynamic":
+                writer.write(site, codes)
+                what += ", multiplied in integers"
+            else:
+                static.products(site, codes, scales, names)
+                what += ", multiplied in integers"
+            result.change(what)
+    if planned is not None:
+        result.change("weight kept in 16 bits, since ONNX Runtime would round it", guard.keep(model, planned, names))
+        result.change("activation quantized", static.quantize(model, planned, scales, names))
+    if options.scheme == "weights":
+        result.change("Relu written as Max, before which products are with codes", store.spare_relus(model, names))
+    return nbytes, size
+
+
+def _scales(options: Options, model: ir.Model, planned: static.Plan, ctx: Context) -> static.Scales:
+    """The scales of the activations of a plan, by calibration."""
+    requests = {value: RangeOf(value.name or "") for value in planned.calibrated}
+    seen = ctx.collect(model, requests.values())
+    scales = {
+        value.name or "": activations.scale_of(seen[request], options.activations, options.percentile)
+        for value, request in requests.items()
+    }
+    for value in planned.values:
+        source = value
+        while source in planned.same:
+            source = planned.same[source]
+        scales[value.name or ""] = scales[source.name or ""]
+    return scales
+
+
+def _stages(options: Options, chosen: Sequence[tuple[Site, Way]]) -> list[list[tuple[Site, Way]]]:
+    """Layers whose statistics one run of the data gives."""
+    if not (options.sequential and options.rounding != "nearest"):
+        return [list(chosen)]
+    rows: list[list[tuple[Site, Way]]] = []
+    for each in chosen:
+        mine = {use.activation for use in each[0].uses}
+        if rows and mine == {use.activation for use in rows[-1][0][0].uses}:
+            rows[-1].append(each)
+        else:
+            rows.append([each])
+    return rows
+
+
+def _statistics(
+    options: Options, model: ir.Model, stage: Sequence[tuple[Site, Way]], ctx: Context
+) -> Mapping[Any, Any]:
+    wanted: set[Request[Any]] = {use.gram for site, _ in stage if _swept(options, site) for use in site.uses}
+    if options.correct:
+        wanted |= {use.patches for site, _ in stage if correction.possible(site) for use in site.uses}
+    return ctx.collect(model, wanted) if wanted else {}
+
+
+def _swept(options: Options, site: Site) -> bool:
+    """Whether a weight is rounded by GPTQ: not where its rows are too short to make up for anything."""
+    if options.rounding == "nearest" or not site.calibrated or len({(u.order, u.grouped) for u in site.uses}) > 1:
+        return False
+    return site.depth * site.uses[0].window >= SHORT
+
+
+def _codes(options: Options, site: Site, way: Way, statistics: Mapping[Any, Any], scales: static.Scales) -> Codes:
+    grid, granularity = way
+    clip = options.clip == "mse"
+    least = static.least_scales(site, scales) if scales else None
+    if not _swept(options, site):
+        return rounding.nearest(site.held, grid, granularity, clip=clip, least=least)
+    gram = np.asarray(sum(_matrices(statistics[use.gram].products) for use in site.uses))
+    how: dict[str, Any] = {"clip": clip, "order": options.order, "damp": options.damp, "least": least}
+    how["steps"] = STEPS if options.rounding == "awp" else 0
+    return rounding.gptq(site.held, site.uses[0], gram, grid, granularity, **how)
+
+
+def _matrices(products: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return products.reshape(-1, *products.shape[-2:])
