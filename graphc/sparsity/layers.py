@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -81,7 +81,12 @@ class Layer:
 
 
 def find(
-    model: ir.Model, kinds: Sequence[str], include: Sequence[str], exclude: Sequence[str], result: PassResult
+    model: ir.Model,
+    kinds: Sequence[str],
+    include: Sequence[str],
+    exclude: Sequence[str],
+    result: PassResult,
+    where: str = "sparsify",
 ) -> list[Layer]:
     """The weights that options name, in the order in which they are first read.
 
@@ -91,6 +96,7 @@ def find(
         include: Patterns of weight or node names; all if empty.
         exclude: Patterns of those that stay.
         result: What cannot be read as a matrix, or is an embedding as well, is refused here.
+        where: The pass whose options they are.
 
     Raises:
         BadInput: A pattern names nothing.
@@ -106,18 +112,11 @@ def find(
             continue
         by_weight.setdefault(found.weight, []).append(found)
     known = {v.name or "" for v in by_weight} | {c.node.name or "" for uses in by_weight.values() for c in uses}
-    for which, patterns in (("include", include), ("exclude", exclude)):
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in known):
-                raise BadInput(
-                    f"no weight or node is called '{pattern}'",
-                    where=f"sparsify{{{which}}}",
-                    hint=nearest(pattern.strip("*"), known),
-                )
+    chosen = chooser(include, exclude, known, where)
     layers = []
     for value, uses in by_weight.items():
         names = {value.name or "", *(use.node.name or "" for use in uses)}
-        if (include and not _any(names, include)) or _any(names, exclude):
+        if not chosen(names):
             continue
         held = edit.tensor(value)
         assert held is not None
@@ -131,8 +130,33 @@ def find(
     return layers
 
 
-def _any(names: set[str], patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+def chooser(
+    include: Sequence[str], exclude: Sequence[str], known: Collection[str], where: str
+) -> Callable[[Collection[str]], bool]:
+    """Whether options want what goes by some names.
+
+    Args:
+        include: Patterns; all if empty.
+        exclude: Patterns of what stays.
+        known: All names there are.
+        where: The pass whose options they are.
+
+    Raises:
+        BadInput: A pattern names nothing.
+    """
+    for which, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in known):
+                raise BadInput(
+                    f"no weight or node is called '{pattern}'",
+                    where=f"{where}{{{which}}}",
+                    hint=nearest(pattern.strip("*"), known),
+                )
+
+    def hit(names: Collection[str], patterns: Sequence[str]) -> bool:
+        return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+    return lambda names: (not include or hit(names, include)) and not hit(names, exclude)
 
 
 def _why_not(value: ir.Value, uses: Sequence[Contraction], held: ir.TensorProtocol) -> str:

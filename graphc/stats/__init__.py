@@ -6,6 +6,7 @@ it may ask for more with ``Context.collect``.
 
 from graphc.stats.base import Request, Statistic, Statistics, Valid
 from graphc.stats.collector import Collector, padding_mask, with_outputs
+from graphc.stats.counts import Counts, CountsOf
 from graphc.stats.gradients import GradientGramOf, Gradients, GradientsOf
 from graphc.stats.gram import Cross, CrossOf, Gram, GramOf
 from graphc.stats.moments import Moments, MomentsOf
@@ -16,6 +17,8 @@ from graphc.stats.similarity import Similarity, SimilarityOf
 
 __all__ = [
     "Collector",
+    "Counts",
+    "CountsOf",
     "Cross",
     "CrossOf",
     "GradientGramOf",
