@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from typing import Any, cast
 
@@ -34,6 +34,24 @@ def nodes(model: ir.Model) -> Iterator[ir.Node]:
     """All nodes of all graphs of the model."""
     for graph in graphs(model):
         yield from graph
+
+
+def in_order(region: Iterable[ir.Node], known: Collection[ir.Value]) -> list[ir.Node] | None:
+    """Nodes so that each comes after those whose results it reads; None if one reads what is not to be had.
+
+    Args:
+        region: The nodes, in any order.
+        known: Values that are there before; constants always are.
+    """
+    there, ordered, pending = set(known), [], list(region)
+    while pending:
+        ready = [n for n in pending if all(v is None or v in there or tensor(v) is not None for v in n.inputs)]
+        if not ready:
+            return None
+        ordered += ready
+        there.update(v for node in ready for v in node.outputs)
+        pending = [node for node in pending if node not in ready]
+    return ordered
 
 
 def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 import onnx_ir as ir
 
 from graphc import contraction, edit
 from graphc.contract import PassResult
 from graphc.contraction import Contraction
-from graphc.errors import BadInput, nearest
+from graphc.sparsity import layers
 
 KINDS = ("MatMul", "Gemm", "Conv", "Gather")
 """The operators whose weights are looked at; Gather for embeddings."""
@@ -137,10 +136,10 @@ def find(
     for function in model.functions.values():
         if any(edit.is_op(inner, *kinds) for inner in function):
             result.refuse(function.name or "", "weights in local functions stay: inline them with simplify")
-    _named(sites.values(), include, exclude)
+    wanted = layers.chooser(include, exclude, {name for site in sites.values() for name in site.names}, "quantize")
     chosen = []
     for site in sites.values():
-        if (include and not _any(site.names, include)) or _any(site.names, exclude):
+        if not wanted(site.names):
             continue
         why = _why_not(site, least)
         if why:
@@ -204,19 +203,3 @@ def _why_not(site: Site, least: int) -> str:
     if len({(use.axis, use.node.op_type == "Conv") for use in site.uses}) > 1 or (site.gathers and site.axis != 1):
         return "operators read it in different ways"
     return ""
-
-
-def _named(sites: Iterable[Site], include: Sequence[str], exclude: Sequence[str]) -> None:
-    known = {name for site in sites for name in site.names}
-    for which, patterns in (("include", include), ("exclude", exclude)):
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in known):
-                raise BadInput(
-                    f"no weight or node is called '{pattern}'",
-                    where=f"quantize{{{which}}}",
-                    hint=nearest(pattern.strip("*"), known),
-                )
-
-
-def _any(names: set[str], patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)

@@ -280,21 +280,15 @@ def _normal(rows: Array, centred: bool, epsilon: float) -> Array:
 def _evaluate(region: list[ir.Node], x: ir.Value, data: Array) -> Array | None:
     """What a region computes of its variable, in float64; None if a part of it cannot be computed so."""
     values: dict[ir.Value, Array] = {x: data}
-    pending = list(reversed(region))
-    while pending:
-        ready = [n for n in pending if all(v is None or v in values or edit.tensor(v) is not None for v in n.inputs)]
-        if not ready:
+    for node in edit.in_order(region, values) or ():
+        try:
+            result = _compute(node, values)
+        except (ValueError, IndexError):
             return None
-        for node in ready:
-            pending.remove(node)
-            try:
-                result = _compute(node, values)
-            except (ValueError, IndexError):
-                return None
-            if result is None:
-                return None
-            values[node.outputs[0]] = result
-    return values[region[0].outputs[0]]
+        if result is None:
+            return None
+        values[node.outputs[0]] = result
+    return values.get(region[0].outputs[0])
 
 
 def _compute(node: ir.Node, values: dict[ir.Value, Array]) -> Array | None:

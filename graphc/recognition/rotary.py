@@ -166,20 +166,16 @@ def _agrees(region: Sequence[ir.Node], rotation: _Rotation, graph: Graph) -> boo
     half = rotation.turned // 2
     x, cos, sin = sample(rotation.x), sample(rotation.cos, half), sample(rotation.sin, half)
     values = {rotation.x: x, rotation.cos: _doubled(cos, rotation), rotation.sin: _doubled(sin, rotation)}
-    pending = list(reversed(region))
-    while pending:
-        ready = [n for n in pending if all(v is None or v in values or edit.tensor(v) is not None for v in n.inputs)]
-        if not ready:
+    for node in edit.in_order(region, values) or ():
+        inputs = [None if v is None else values[v] if v in values else edit.constant(v) for v in node.inputs]
+        try:
+            found = evaluate(node, inputs, graph.version)
+        except CannotFold:
             return False
-        for node in ready:
-            pending.remove(node)
-            inputs = [None if v is None else values[v] if v in values else edit.constant(v) for v in node.inputs]
-            try:
-                found = evaluate(node, inputs, graph.version)
-            except CannotFold:
-                return False
-            values.update(zip(node.outputs, found, strict=False))
-    result = values[region[0].outputs[0]]
+        values.update(zip(node.outputs, found, strict=False))
+    result = values.get(region[0].outputs[0])
+    if result is None:
+        return False
     try:
         wanted = _rotated(x, cos, sin, rotation)
     except ValueError:

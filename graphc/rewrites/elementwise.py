@@ -182,28 +182,22 @@ def _known(region: list[ir.Node], source: ir.Value, marker: ir.Node, dtype: ir.D
 def _evaluate(region: list[ir.Node], source: ir.Value) -> Array | None:
     """What a region computes on the points."""
     values: dict[ir.Value, Array] = {source: _POINTS}
-    pending = list(reversed(region))
-    while pending:
-        ready = [n for n in pending if all(v is None or v in values or edit.tensor(v) is not None for v in n.inputs)]
-        if not ready:
-            return None
-        for node in ready:
-            pending.remove(node)
-            operands = []
-            for value in node.inputs:
-                if value in values:
-                    operands.append(values[value])
-                elif value is None:
-                    return None
-                else:
-                    operands.append(np.asarray(edit.scalar(value), dtype=np.float64))
-            with np.errstate(all="ignore"):
-                if node.op_type == "HardSigmoid":
-                    alpha, beta = edit.attribute(node, "alpha", 0.2), edit.attribute(node, "beta", 0.5)
-                    values[node.outputs[0]] = np.clip(alpha * operands[0] + beta, 0, 1)
-                else:
-                    values[node.outputs[0]] = _KERNELS[node.op_type](*operands)
-    return values[region[0].outputs[0]]
+    for node in edit.in_order(region, values) or ():
+        operands = []
+        for value in node.inputs:
+            if value in values:
+                operands.append(values[value])
+            elif value is None:
+                return None
+            else:
+                operands.append(np.asarray(edit.scalar(value), dtype=np.float64))
+        with np.errstate(all="ignore"):
+            if node.op_type == "HardSigmoid":
+                alpha, beta = edit.attribute(node, "alpha", 0.2), edit.attribute(node, "beta", 0.5)
+                values[node.outputs[0]] = np.clip(alpha * operands[0] + beta, 0, 1)
+            else:
+                values[node.outputs[0]] = _KERNELS[node.op_type](*operands)
+    return values.get(region[0].outputs[0])
 
 
 RULES = (
