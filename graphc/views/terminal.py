@@ -260,7 +260,12 @@ def show_catalogue(found: Document) -> None:
         console.print(f"[dim]{escape(line)}[/]")
     if "documentation" in found:
         console.print(f"[bold]{escape(found['name'])}[/] [dim]{escape(found.get('kind', ''))}[/]\n")
-        console.print(escape(found["documentation"]))
+        if found["kind"] == "recipe":
+            console.print(escape(found["documentation"]), soft_wrap=True)
+        else:
+            from rich.markdown import Markdown
+
+            console.print(Markdown(found["documentation"]))
     if found.get("options"):
         table = _table("option", "what it does", title="\noptions")
         for row in found["options"]:
