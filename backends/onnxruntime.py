@@ -100,12 +100,13 @@ class OnnxRuntime(Backend):
         from graphc.runtime import realised
 
         path, settings = _file(path)
-        return realised.unrealised(
+        missing = realised.unrealised(
             models.load(path),
             path,
             provider=settings.get("provider", self.provider),
             options=settings.get("session_options", {}),
         )
+        return [f"{each} emitted as one operator, which this runtime computes piece by piece" for each in missing]
 
 
 def _file(path: Path) -> tuple[Path, Mapping[str, Any]]:

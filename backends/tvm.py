@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files as resources
 from pathlib import Path
@@ -79,6 +80,12 @@ class Tvm(Backend):
             return Loaded(serve.Model(path))
         except (OSError, ValueError, KeyError) as error:
             raise BadInput("cannot load the artifact", where=str(path), why=str(error), hint="make it again") from None
+
+
+    def unrealised(self, path: Path) -> Sequence[str]:
+        manifest = json.loads((path / "graphc.json").read_text(encoding="utf-8"))
+        found: dict[str, int] = manifest["runtime"]["floats"]
+        return [f"{n} weights are stored as floats, not as the codes of the model: {why}" for why, n in found.items()]
 
 
 class Loaded(Runnable):

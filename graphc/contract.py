@@ -359,7 +359,7 @@ class Backend(abc.ABC):
         """
 
     def unrealised(self, path: Path) -> Sequence[str]:
-        """What of an emitted model's operators is not run as the one operator it is, e.g. ``"2 of 12 Attention"``.
+        """What the target does not run, or store, as the emitted model has it, in whole sentences.
 
         Args:
             path: What ``emit`` or ``emit_file`` wrote.

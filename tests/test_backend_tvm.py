@@ -392,7 +392,7 @@ def test_every_choice_of_a_tuner_is_right(tvm: Any) -> None:
     model.graph.node(0).replace_input_with(1, own)
     target = targets.resolve("x86-64-v3", 2)
     ((_, _, simple),) = emit.lowered(model, ())
-    module = builder.prepare(importer.to_relax(simple), target)
+    module = builder.prepare(importer.to_relax(simple, target), target)
     machine = nest.Machine.of(target)
     assert (machine.lanes, machine.registers) == (8, 16)
     name, function = next((n, f) for n, f in schedule.functions(module) if contraction.choices(f, machine))

@@ -128,9 +128,9 @@ def _transposed(module: Any) -> Any:
                 return call
             array = held.value.numpy()
             if call.op.same_as(reshape):
-                return relax.const(array.reshape([int(size) for size in call.args[1].values]))
+                return relax.const(array.reshape([int(size) for size in call.args[1].values]), str(array.dtype))
             axes = [int(axis) for axis in call.attrs.axes] if call.attrs.axes else None
-            return relax.const(np.ascontiguousarray(array.transpose(axes)))
+            return relax.const(np.ascontiguousarray(array.transpose(axes)), str(array.dtype))
 
     function = module["main"]
     body = Transpose(module).visit_expr(function.body)

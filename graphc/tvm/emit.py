@@ -45,7 +45,7 @@ def emit(
     described = []
     for number, (each, static, simple) in enumerate(models):
         progress("compiling", number, len(models))
-        module = build.prepare(importer.to_relax(simple), target)
+        module = build.prepare(importer.to_relax(simple, target), target)
         choices = tune.tune(module, target, budget.part(len(models)), progress) if budget else {}
         gpu = target.kind.name == "cuda"
         module = cuda.schedule(module, target) if gpu else schedule.schedule(module, target, choices)
@@ -69,6 +69,7 @@ def emit(
     return {
         "device": "cuda" if target.kind.name == "cuda" else "cpu",
         "buckets": described,
+        "floats": models[0][2].meta["floats"],
         "data": {"weights.bin": weights.tensors, "parity.bin": parity.tensors},
     }
 

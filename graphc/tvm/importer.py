@@ -16,11 +16,16 @@ WEIGHT = 1024
 """Elements from which a constant is a weight: it stays out of the message that is imported, and of the library."""
 
 
-def to_relax(model: ir.Model) -> Any:
+OWN = "graphc.tvm"
+"""The domain of operators that only a lowered model has, see :mod:`graphc.tvm.own`."""
+
+
+def to_relax(model: ir.Model, target: Any) -> Any:
     """Import a lowered model.
 
     Args:
         model: Static shapes, and only operators that ``graphc.tvm.lower`` lets pass.
+        target: A TVM target, whose vectors the loop nests of own operators have.
 
     Returns:
         An ``IRModule`` whose function ``main`` takes the inputs in order and gives the outputs; weights are constants.
@@ -31,6 +36,8 @@ def to_relax(model: ir.Model) -> Any:
     import tvm
     from tvm import relax
     from tvm.relax.frontend.onnx import from_onnx
+
+    from graphc.tvm import own
 
     copy = model.clone()
     _drop_unused_outputs(copy)
@@ -43,7 +50,8 @@ def to_relax(model: ir.Model) -> Any:
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(said):
             warnings.simplefilter("ignore")
-            module = from_onnx(proto, keep_params_in_input=False)
+            with own.known(target):
+                module = from_onnx(proto, keep_params_in_input=False)
     except Exception as error:  # it raises whatever happens inside
         last = str(error).strip().splitlines() or [type(error).__name__]
         where = said.getvalue().partition(", with inputs")[0].removeprefix("Error converting operator ")

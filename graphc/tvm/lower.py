@@ -6,6 +6,7 @@ of the few rewrites here. ``tests/test_tvm_node_tests.py`` runs ONNX's own opera
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -17,6 +18,8 @@ from graphc.edit import attribute
 from graphc.errors import BadInput
 from graphc.opset.expand import expand
 from graphc.simplification import whole
+from graphc.tvm import packed
+from graphc.tvm.importer import OWN, WEIGHT
 
 _MOST_ROUNDS = 4
 """Rounds of expanding and simplifying; the body of one operator may hold others that have bodies."""
@@ -40,6 +43,8 @@ def lower(model: ir.Model) -> None:
         expanded = expand(model, lambda node: node.op_type != "Range" and bool(_obstacle(node, supported)))
         if not rewritten and not expanded:
             break
+    packed.write(model)
+    _as_floats(model)
     missing: dict[str, list[ir.Node]] = {}
     for node in edit.nodes(model):
         if why := _obstacle(node, supported):
@@ -52,6 +57,20 @@ def lower(model: ir.Model) -> None:
             where="\n         ".join(lines),
             hint="-t onnxruntime runs them; or leave out the pass that made them",
         )
+
+
+def _as_floats(model: ir.Model) -> None:
+    """Compute the constants whose codes nothing reads packed; ``model.meta["floats"]`` counts the large ones by why."""
+    names, reasons = edit.Names(model), packed.refused(model)
+    floats: Counter[str] = Counter()
+    for node in [node for node in edit.nodes(model) if edit.is_op(node, "DequantizeLinear")]:
+        held, codes = list(node.inputs), edit.tensor(node.inputs[0])
+        if codes is not None and codes.size >= WEIGHT:
+            floats[reasons.get(node, "it is no matrix")] += 1
+        if _put(node, _blocked(node, names), names):
+            for value in held:
+                edit.drop_unused(value)
+    model.meta["floats"] = dict(floats)
 
 
 def _importable() -> Iterator[str]:
@@ -69,6 +88,8 @@ def _places(nodes: list[ir.Node]) -> str:
 
 def _obstacle(node: ir.Node, supported: frozenset[str]) -> str:
     """Why the importer cannot take a node, or ""."""
+    if node.domain == OWN:
+        return ""
     if node.domain not in ("", "ai.onnx"):
         return "only standard operators are known"
     if node.op_type not in supported:
@@ -183,7 +204,11 @@ def _rewrite(node: ir.Node, names: edit.Names) -> bool:
     if node.domain not in ("", "ai.onnx"):
         return False
     rewrite = _REWRITES.get(node.op_type)
-    made = rewrite(node, names) if rewrite else None
+    return _put(node, rewrite(node, names) if rewrite else None, names)
+
+
+def _put(node: ir.Node, made: list[ir.Node] | None, names: edit.Names) -> bool:
+    """Let new nodes, if any, take the place of one; whether they did."""
     if made is None:
         return False
     assert node.graph is not None
@@ -225,7 +250,7 @@ def _pow(node: ir.Node, names: edit.Names) -> list[ir.Node] | None:
 
 
 def _blocked(node: ir.Node, names: edit.Names) -> list[ir.Node] | None:
-    """A blocked or 4-bit ``DequantizeLinear`` of a constant is computed here: TVM packs no weights of this kind."""
+    """A blocked or 4-bit ``DequantizeLinear`` of a constant is computed here, where nothing reads it packed."""
     if not (attribute(node, "block_size", 0) or (node.inputs[0] is not None and node.inputs[0].dtype in _DTYPES[1:3])):
         return None
     held = [edit.tensor(value) for value in node.inputs]
@@ -268,7 +293,6 @@ def _shape(node: ir.Node, names: edit.Names) -> list[ir.Node] | None:
 
 
 _REWRITES: dict[str, Callable[[ir.Node, edit.Names], list[ir.Node] | None]] = {
-    "DequantizeLinear": _blocked,
     "IsInf": _is_inf,
     "Pow": _pow,
     "Shape": _shape,

@@ -1,0 +1,115 @@
+"""What operators of graphc's own become in Relax: calls of the loop nests in :mod:`graphc.tvm.kernels`."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from graphc.tvm import packed
+from graphc.tvm.kernels import packed as packed_kernels
+from graphc.tvm.nest import Machine
+
+Converter = Callable[[Any, Sequence[Any], Mapping[str, Any], Any], Any]
+"""Of the block builder, the inputs, the attributes and the target."""
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A converter as TVM's importer asks for one."""
+
+    convert: Converter
+    target: Any
+
+    def get_converter(self, opset: int) -> Callable[..., Any]:
+        return lambda builder, inputs, attributes, parameters: self.convert(builder, inputs, attributes, self.target)
+
+
+@contextlib.contextmanager
+def known(target: Any) -> Iterator[None]:
+    """Let TVM's importer know graphc's own operators, for a target."""
+    from tvm.relax.frontend.onnx import onnx_frontend
+
+    theirs = onnx_frontend._get_convert_map
+    ours = {name: _Known(convert, target) for name, convert in _CONVERTERS.items()}
+    onnx_frontend._get_convert_map = lambda: {**theirs(), **ours}
+    try:
+        yield
+    finally:
+        onnx_frontend._get_convert_map = theirs
+
+
+def _call(builder: Any, name: str, function: Any, arguments: Sequence[Any], shape: Sequence[int]) -> Any:
+    """Call a loop nest; equal ones are kept once."""
+    from tvm import relax
+
+    own = builder.add_func(function, name)
+    return builder.emit(relax.call_tir(own, list(arguments), out_ty=relax.TensorType(list(shape), "float32")))
+
+
+def _sizes(value: Any) -> list[int]:
+    return [int(size) for size in value.ty.shape]
+
+
+def _panels(builder: Any, value: Any, lanes: int) -> Any:
+    """``(outputs, n)`` -> ``(outputs / lanes, n, lanes)``."""
+    from tvm import relax
+
+    outputs, count = _sizes(value)
+    cut = builder.emit(relax.op.reshape(value, (outputs // lanes, lanes, count)))
+    return builder.emit(relax.op.permute_dims(cut, [0, 2, 1]))
+
+
+def _layout(inputs: Sequence[Any], attributes: Mapping[str, Any], lanes: int) -> packed_kernels.Layout:
+    depth = -(-attributes["depth"] // attributes["block"]) * attributes["block"]
+    zeros = len(inputs) > 3
+    return packed_kernels.Layout(
+        attributes["outputs"], depth, attributes["bits"], attributes["block"], bool(attributes["signed"]), zeros, lanes
+    )
+
+
+def _product(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], target: Any) -> Any:
+    from tvm import relax
+
+    x, dtype = inputs[0], str(inputs[0].ty.dtype)
+    *outer, depth = _sizes(x)
+    rows = math.prod(outer)
+    layout = _layout(inputs, attributes, _lanes(target))
+    x = builder.emit(relax.op.reshape(x, (rows, depth)))
+    if layout.depth > depth:
+        x = builder.emit(relax.op.nn.pad(x, [0, 0, 0, layout.depth - depth]))
+    weight = [_panels(builder, value, layout.lanes) for value in inputs[1:]]
+    if target.kind.name == "llvm":
+        x = x if dtype == "float32" else builder.emit(relax.op.astype(x, "float32"))
+        function = packed_kernels.product(rows, layout, Machine.of(target))
+        y = _call(builder, "packed_product", function, [x, *weight], (rows, layout.outputs))
+        y = y if dtype == "float32" else builder.emit(relax.op.astype(y, dtype))
+    else:
+        y = builder.emit_te(packed_kernels.computed_product(layout), x, *weight, primfunc_name_hint="packed_product")
+    return builder.emit(relax.op.reshape(y, (*outer, layout.outputs)))
+
+
+def _lookup(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], target: Any) -> Any:
+    from tvm import relax
+
+    outer, dtype = _sizes(inputs[0]), "float16" if attributes["half"] else "float32"
+    count, layout = math.prod(outer), _layout(inputs, attributes, _lanes(target))
+    index = builder.emit(relax.op.reshape(inputs[0], (count,)))
+    weight = [_panels(builder, value, layout.lanes) for value in inputs[1:]]
+    if target.kind.name == "llvm":
+        function = packed_kernels.lookup(count, str(index.ty.dtype), layout)
+        y = _call(builder, "packed_lookup", function, [index, *weight], (count, layout.depth))
+    else:
+        y = builder.emit_te(packed_kernels.computed_lookup(layout), index, *weight, primfunc_name_hint="packed_lookup")
+    y = y if dtype == "float32" else builder.emit(relax.op.astype(y, dtype))
+    return builder.emit(relax.op.reshape(y, (*outer, layout.depth)))
+
+
+def _lanes(target: Any) -> int:
+    """Outputs beside each other: those of a vector register, one on a GPU."""
+    return Machine.of(target).lanes if target.kind.name == "llvm" else 1
+
+
+_CONVERTERS: dict[str, Converter] = {packed.PRODUCT: _product, packed.LOOKUP: _lookup}

@@ -1,0 +1,174 @@
+"""Weights as codes in compiled artifacts: as small as they are, and the same results as in ONNX Runtime."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from graphc import compiled, pipeline
+from graphc.recipe import parse_backend
+from graphc.tvm import emit, packed
+from tests.test_backend_tvm import build, weight
+
+Array = np.ndarray[Any, np.dtype[Any]]
+SIGNED = {2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8}
+UNSIGNED = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tvm() -> None:
+    pytest.importorskip("tvm", reason="TVM is not installed: pip install 'graphc[tvm]'")
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("no C++ compiler to link with")
+
+
+def quantized(
+    body: str,
+    head: str,
+    shape: tuple[int, int],
+    *,
+    dtype: ir.DataType,
+    axis: int,
+    block: int = 0,
+    zeros: bool = False,
+    half: bool = False,
+) -> ir.Model:
+    """A model from text, in which ``w`` is the dequantized constant ``q`` of random codes."""
+    rng = np.random.default_rng(0)
+    blocks = f", block_size: int = {block}" if block else ""
+    points = ", z" if zeros else ""
+    kind = "float16" if half else "float"
+    text = f"w = DequantizeLinear<axis: int = {axis}{blocks}>(q, s{points})\n {body}"
+    model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 21]> g {head.replace("float", kind)} {{ {text} }}')
+    low, high = (
+        (-(1 << dtype.bitwidth - 1), 1 << dtype.bitwidth - 1) if dtype in SIGNED.values() else (0, 1 << dtype.bitwidth)
+    )
+    scales = list(shape)
+    scales[axis] = -(-shape[axis] // block) if block else shape[axis]
+    scale_shape = tuple(scales) if block else (shape[axis],)
+    held = {
+        "q": ir.Tensor(rng.integers(low, high, shape).astype(dtype.numpy()), dtype=dtype, name="q"),
+        "s": ir.tensor(
+            (rng.random(scale_shape) / (high - low) / math.sqrt(max(shape))).astype(np.float16 if half else np.float32),
+            name="s",
+        ),
+    }
+    if zeros:
+        held["z"] = ir.Tensor(rng.integers(low, high, scale_shape).astype(dtype.numpy()), dtype=dtype, name="z")
+    for name, tensor in held.items():
+        value = ir.Value(
+            name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
+        model.graph.initializers[name] = value
+        for node in model.graph:
+            for i, read in enumerate(node.inputs):
+                if read is not None and read.name == name:
+                    node.replace_input_with(i, value)
+    return model
+
+
+def own(model: ir.Model) -> list[str]:
+    """The operators of graphc's own in the lowered model."""
+    ((_, _, simple),) = emit.lowered(model.clone(), ())
+    return [node.op_type for node in simple.graph if node.domain == packed.OWN]
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "one row, int4 in blocks": {"rows": 1, "dtype": SIGNED[4], "axis": 0, "block": 32},
+    "one row, int8 per channel": {"rows": 1, "dtype": SIGNED[8], "axis": 1},
+    "one row, uint4 with zero points": {"rows": 1, "dtype": UNSIGNED[4], "axis": 0, "block": 32, "zeros": True},
+    "three rows, int8 with zero points": {"rows": 3, "dtype": SIGNED[8], "axis": 1, "zeros": True},
+    "many rows, int4 in blocks": {"rows": 37, "dtype": SIGNED[4], "axis": 0, "block": 32},
+    "many rows, uint8 with zero points": {"rows": 64, "dtype": UNSIGNED[8], "axis": 0, "block": 32, "zeros": True},
+    "columns that fill no vector": {"rows": 2, "dtype": SIGNED[4], "axis": 1, "columns": 93},
+    "columns that leave a vector over": {"rows": 2, "dtype": SIGNED[4], "axis": 1, "columns": 40},
+    "many rows of such columns": {"rows": 19, "dtype": SIGNED[8], "axis": 1, "columns": 93},
+    "inputs that fill no block": {"rows": 5, "dtype": SIGNED[4], "axis": 0, "block": 32, "depth": 91},
+    "half precision": {"rows": 2, "dtype": SIGNED[4], "axis": 0, "block": 32, "half": True},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_product_reads_codes(case: str, tmp_path: Path) -> None:
+    given = dict(CASES[case])
+    rows, depth, columns = given.pop("rows"), given.pop("depth", 96), given.pop("columns", 80)
+    model = quantized("y = MatMul(x, w)", f"(float[1,{rows},{depth}] x) => (float y)", (depth, columns), **given)
+    assert own(model) == ["PackedProduct"]
+    verdict = compiled.compare(model, build(model.clone(), tmp_path / "out"))
+    assert verdict.checked and verdict.ok, verdict.why
+    bits = given["dtype"].bitwidth + (2 if given.get("zeros") else 1) * 32 / (given.get("block") or depth)
+    filled = -(-depth // 32) * 32 * (-(-columns // 16) * 16)
+    assert (tmp_path / "out" / "weights.bin").stat().st_size <= filled * bits / 8 + 64
+
+
+READERS = {
+    "a Gemm with a bias": ("y = Gemm(x, w, b)", 1, ["PackedProduct"]),
+    "a Gemm that reads it transposed": ("y = Gemm<transB: int = 1>(x, w)", 0, ["PackedProduct"]),
+    "a product with its transposition": (
+        "t = Transpose<perm: ints = [1, 0]>(w)\n y = MatMul(x, t)",
+        0,
+        ["PackedProduct"],
+    ),
+    "rows by index": ("i = Constant<value_ints: ints = [5, -1, 0, 63]>()\n y = Gather(w, i)", 0, ["PackedLookup"]),
+    "a table and a head": (
+        "i = Constant<value_ints: ints = [5, -1, 0, 63]>()\n e = Gather(w, i)\n t = Transpose<perm: ints = [1, 0]>(w)\n"
+        "y = MatMul(e, t)",
+        0,
+        ["PackedLookup", "PackedProduct"],
+    ),
+    "something else as well": ("a = MatMul(x, w)\n b = ReduceSum<keepdims: int = 0>(w)\n y = Add(a, b)", 1, []),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_reads_a_weight(reader: str, tmp_path: Path) -> None:
+    body, axis, wanted = READERS[reader]
+    model = quantized(body, "(float[4,64] x) => (float y)", (64, 64), dtype=UNSIGNED[4], axis=axis, zeros=True)
+    for node in model.graph:
+        if node.op_type == "Gemm" and len(node.inputs) == 3:
+            held = ir.tensor(np.arange(64, dtype=np.float32), name="b")
+            bias = ir.Value(name="b", shape=ir.Shape((64,)), type=ir.TensorType(ir.DataType.FLOAT), const_value=held)
+            model.graph.initializers["b"] = bias
+            node.replace_input_with(2, bias)
+    assert sorted(own(model)) == wanted
+    verdict = compiled.compare(model, build(model.clone(), tmp_path / "out"))
+    assert verdict.checked and verdict.ok, verdict.why
+    target = parse_backend("tvm", {})
+    said = target.unrealised(tmp_path / "out")
+    wanted_said = [] if wanted else ["1 weights are stored as floats, not as the codes of the model: ReduceSum reads"]
+    assert len(said) == len(wanted_said) and all(map(str.startswith, said, wanted_said))
+    size = (tmp_path / "out" / "weights.bin").stat().st_size
+    assert size < 64 * 64 if wanted else size >= 4 * 64 * 64
+
+
+@pytest.mark.slow
+def test_what_quantize_writes_stays_packed(tmp_path: Path) -> None:
+    """A table whose rows are looked up as codes, a head tied to it, a Gemm, and a convolution, which reads floats."""
+    body = (
+        "e = Gather(t, i)\n a = MatMul(e, w)\n f = Transpose<perm: ints = [1, 0]>(t)\n h = MatMul(a, f)\n"
+        "y = Gemm<transB: int = 1>(h, v)"
+    )
+    model = ir.from_onnx_text(
+        f'<ir_version: 10, opset_import: ["" : 21]> g (int64[4] i) => (float[4,32] y) {{ {body} }}'
+    )
+    for name, shape in {"t": (200, 64), "w": (64, 64), "v": (32, 200)}.items():
+        own_value = weight(name, *shape)
+        model.graph.initializers[name] = own_value
+        for node in model.graph:
+            for number, value in enumerate(node.inputs):
+                if value is not None and value.name == name:
+                    node.replace_input_with(number, own_value)
+    path, out = tmp_path / "m.onnx", tmp_path / "out"
+    ir.save(model, path)
+    target = parse_backend("tvm", {"runtime": False, "threads": 1})
+    report = pipeline.optimize(path, out, recipe="simplify,quantize{bits=4 block=32 least=0},simplify", target=target)
+    assert report.rewrite["checked"] and not any(each.rolled_back for each in report.passes)
+    assert sorted(own(report.model)) == ["PackedLookup", "PackedProduct", "PackedProduct", "PackedProduct"]
+    numbers = 200 * 64 + 64 * 64 + 32 * 200
+    assert (out / "weights.bin").stat().st_size < 1.1 * numbers
