@@ -81,11 +81,12 @@ class Tvm(Backend):
         except (OSError, ValueError, KeyError) as error:
             raise BadInput("cannot load the artifact", where=str(path), why=str(error), hint="make it again") from None
 
-
     def unrealised(self, path: Path) -> Sequence[str]:
         manifest = json.loads((path / "graphc.json").read_text(encoding="utf-8"))
         found: dict[str, int] = manifest["runtime"]["floats"]
-        return [f"{n} weights are stored as floats, not as the codes of the model: {why}" for why, n in found.items()]
+        return [
+            f"weights stored as floats instead of the codes that the model has: {n} ({why})" for why, n in found.items()
+        ]
 
 
 class Loaded(Runnable):
