@@ -23,7 +23,7 @@ class Quantize(Options):
     """Round weights to 2 to 8 bits, and with scheme=dynamic or static compute with 8-bit activations.
 
     What is written is standard DequantizeLinear, QuantizeLinear and integer products, in the forms that ONNX Runtime
-    has fast kernels for. Weights under its default options are kept to 7 bits where 8-bit products could overflow.
+    has fast kernels for. Neighbouring weights are kept so small that sums of two 8-bit products never overflow.
     """
 
     effect: ClassVar[Effect] = Effect.LOSSY

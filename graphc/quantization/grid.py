@@ -30,8 +30,7 @@ class Grid:
     """What codes there are, and what they stand for: ``(code - zero) * scale``.
 
     Attributes:
-        bits: 2 to 8, or 16. Codes of 3 bits are stored in 4, of 5 to 7 in 8; 7 bits are what pairs of products with
-            8-bit activations can be added of in 16 bits.
+        bits: 2 to 8, or 16. Codes of 3 bits are stored in 4, of 5 to 7 in 8.
         symmetric: Whether the zero point is 0 and codes have a sign; else codes are from 0 on.
         form: ``int``, or an 8-bit float, which is symmetric.
     """

@@ -55,7 +55,9 @@ class Options(Pass):
         99.999, "For activations=percentile: the part of the values that is in the range.", above=50, most=100
     )
     full_range: bool = option(
-        False, "For dynamic and static: 8-bit weights; on CPUs without VNNI only right as an artifact, which is slower."
+        False,
+        "For dynamic and static: all codes, whatever sums come to; on CPUs without VNNI right as an artifact only, "
+        "which is slower.",
     )
     embeddings: int = option(8, "Bits of embeddings and of heads tied to them; 0 leaves them.")
     budget: float = option(

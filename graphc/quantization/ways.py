@@ -32,7 +32,7 @@ def way_of(options: Options, site: Site, bits: int) -> Way | None:
     if not bits:
         return None
     if integers(options, site):
-        return Grid(8 if options.full_range else 7), Granularity(site.channel)
+        return Grid(), Granularity(site.channel)
     grid = Grid(bits, options.symmetric, options.form)
     if options.block == -1:
         return grid, Granularity()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,12 +11,15 @@ import onnx_ir as ir
 
 from graphc import edit
 from graphc.contract import Context, PassResult
+from graphc.edit import Array
 from graphc.quantization import activations, correction, dynamic, guard, rounding, static, store
 from graphc.quantization.allocation import Way
+from graphc.quantization.grid import Grid
 from graphc.quantization.options import Options
 from graphc.quantization.rounding import Codes
 from graphc.quantization.sites import Site
 from graphc.quantization.ways import integers
+from graphc.runtime import pairs
 from graphc.stats import RangeOf, Request
 
 SHORT = 4
@@ -49,7 +53,10 @@ def write(
         for site, way in stage:
             ctx.progress("quantize", done, len(chosen))
             done += 1
-            codes = _codes(options, site, way, statistics, scales if whole[id(site)] else {})
+            least = _least(options, site, scales) if whole[id(site)] else None
+            codes = _codes(options, site, way, statistics, least)
+            if whole[id(site)] and not options.full_range:
+                codes = _summable(codes, site)
             nbytes, size = nbytes + codes.nbytes, size + site.held.size
             if options.correct and correction.possible(site):
                 result.change("bias corrected", correction.correct(site, codes, statistics, names))
@@ -117,10 +124,30 @@ def _swept(options: Options, site: Site) -> bool:
     return site.depth * site.uses[0].window >= SHORT
 
 
-def _codes(options: Options, site: Site, way: Way, statistics: Mapping[Any, Any], scales: static.Scales) -> Codes:
+def _least(options: Options, site: Site, scales: static.Scales) -> Array | None:
+    """Scales of the outputs below which biases would leave 32 bits, or sums of two products 16; None: any will do."""
+    found = [static.least_scales(site, scales)] if scales else []
+    if not options.full_range:
+        array = site.held.numpy()
+        ordered = (pairs.rows(use.node, array, flipped=use.axis == 1) for use in site.uses)
+        found += [pairs.largest(each) / Grid().most for each in ordered if each is not None]
+        edit.release(site.held)
+    known = [each for each in found if each is not None]
+    return np.max(known, axis=0) if known else None
+
+
+def _summable(codes: Codes, site: Site) -> Codes:
+    """Codes with which no sum of two products leaves 16 bits: GPTQ may have moved some."""
+    array = codes.codes.numpy()
+    for use in site.uses:
+        array = pairs.summable(use.node, array, flipped=use.axis == 1)
+    tensor = ir.Tensor(np.ascontiguousarray(array), dtype=codes.codes.dtype, name=codes.codes.name)
+    return dataclasses.replace(codes, codes=tensor)
+
+
+def _codes(options: Options, site: Site, way: Way, statistics: Mapping[Any, Any], least: Array | None) -> Codes:
     grid, granularity = way
     clip = options.clip == "mse"
-    least = static.least_scales(site, scales) if scales else None
     if not _swept(options, site):
         return rounding.nearest(site.held, grid, granularity, clip=clip, least=least)
     gram = np.asarray(sum(_matrices(statistics[use.gram].products) for use in site.uses))

@@ -1,6 +1,7 @@
 """What sessions need to compute products of 8-bit integers right.
 
-Without VNNI, ONNX Runtime adds pairs of products of uint8 and int8 in 16 bits, which saturate where weights are large.
+Without VNNI, ONNX Runtime adds pairs of products of uint8 and int8 in 16 bits, which saturate where weights are large
+(:mod:`graphc.runtime.pairs`).
 ``session.x64quantprecision`` makes it compute with uint8 weights instead, which it does when the model is loaded.
 """
 
@@ -8,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import onnx_ir as ir
 
 from graphc import edit
+from graphc.edit import Array
+from graphc.runtime import pairs
 
 OPTION = "session.x64quantprecision"
 
-SAFE = 64
-"""Up to this size of weights, pairs of their products with uint8 have room in 16 bits."""
+PIECE = 1 << 22
+"""Weights that are looked at at once."""
 
 _OPERATORS = {
     ("", "ConvInteger"): ((1,), 2),
@@ -38,7 +40,8 @@ _SMALL = 1 << 16
 
 def session_options(model: ir.Model) -> dict[str, str]:
     """What a session needs for a model to compute what it says."""
-    return {OPTION: "1"} if any(_is_large(value) for node in edit.nodes(model) for value in _weights(node)) else {}
+    large = any(_is_large(node, *weight) for node in edit.nodes(model) for weight in _weights(node))
+    return {OPTION: "1"} if large else {}
 
 
 def part(model: ir.Model) -> None:
@@ -65,31 +68,35 @@ def part(model: ir.Model) -> None:
 _BYTES = (ir.DataType.INT8, ir.DataType.UINT8)
 
 
-def _weights(node: ir.Node) -> Iterator[ir.Value]:
-    """The weights that a node multiplies with activations of uint8, both in integers."""
+def _weights(node: ir.Node) -> Iterator[tuple[ir.Value, bool | None]]:
+    """The weights that a node multiplies with activations of uint8, both in integers.
+
+    With each goes whether matrices lie as (outputs, inputs); None if that is not known.
+    """
+    turned = bool(edit.attribute(node, "transB", 0))
     known = _OPERATORS.get((node.domain, node.op_type))
     if known is not None:
         places, zero = known
         point = node.inputs[zero] if zero is not None and zero < len(node.inputs) else None
         if point is None or point.dtype != ir.DataType.INT8:
-            yield from (value for i in places if (value := node.inputs[i]) is not None)
+            yield from ((value, turned) for i in places if (value := node.inputs[i]) is not None)
     elif edit.is_op(node, "Conv", "Gemm", "MatMul"):
-        sources = [_dequantized(value) for value in node.inputs[:2]]
-        if None not in sources:
-            # Either may be the weight.
-            signed = [source is not None and _signed(source) for source in sources]
-            if not all(signed):
-                yield from (
-                    source.inputs[0] for source in sources if source is not None and source.inputs[0] is not None
-                )
+        sources = [_dequantized(value, False) for value in node.inputs[:2]]
+        # Either may be the weight.
+        if None not in sources and not all(source is not None and _signed(source[0]) for source in sources):
+            for i, source in enumerate(sources):
+                if source is not None and source[0].inputs[0] is not None:
+                    flipped = None if i == 0 or source[1] is None else source[1] != turned
+                    yield source[0].inputs[0], flipped
 
 
-def _dequantized(value: ir.Value | None) -> ir.Node | None:
-    """The DequantizeLinear that a value comes from, or None."""
+def _dequantized(value: ir.Value | None, flipped: bool | None) -> tuple[ir.Node, bool | None] | None:
+    """The DequantizeLinear that a value comes from, and whether a matrix is turned on the way; None if from nothing."""
     node = value.producer() if value is not None else None
     if node is not None and edit.is_op(node, "Transpose"):
-        return _dequantized(node.inputs[0])
-    return node if node is not None and edit.is_op(node, "DequantizeLinear") else None
+        plain = edit.attribute(node, "perm", (1, 0)) == (1, 0)
+        return _dequantized(node.inputs[0], not flipped if plain and flipped is not None else None)
+    return (node, flipped) if node is not None and edit.is_op(node, "DequantizeLinear") else None
 
 
 def _signed(node: ir.Node) -> bool:
@@ -100,14 +107,26 @@ def _signed(node: ir.Node) -> bool:
     return dtype == ir.DataType.INT8
 
 
-def _is_large(value: ir.Value) -> bool:
+def _is_large(node: ir.Node, value: ir.Value, flipped: bool | None) -> bool:
     """Whether int8 weights may be too large for sums in 16 bits; those that are computed may."""
     if value.dtype not in (None, ir.DataType.INT8):
         return False
     held = edit.tensor(value)
     if held is None:
         return value.dtype == ir.DataType.INT8
-    array = held.numpy()
-    found = bool(array.size) and bool(np.max(array) > SAFE or np.min(array) < -SAFE)
+    found = bool(_largest(node, held.numpy(), flipped) > pairs.MOST)
     edit.release(held)
     return found
+
+
+def _largest(node: ir.Node, codes: Array, flipped: bool | None) -> int:
+    """What two weights may come to whose products a node adds in 16 bits."""
+    if not codes.size:
+        return 0
+    if flipped is None or codes.ndim < 2:
+        return 2 * max(int(codes.max()), -int(codes.min()))
+    ordered = pairs.rows(node, codes, flipped=flipped)
+    if ordered is None:
+        return 0
+    step = max(1, PIECE * len(ordered) // codes.size)
+    return max(int(pairs.largest(ordered[i : i + step]).max()) for i in range(0, len(ordered), step))
