@@ -161,6 +161,9 @@ class Probe:
         after: A model of what may take their place, with the same inputs.
         inputs: Arrays for both.
         shared: Outputs of ``after`` that are written in place, each with the input whose buffer it takes.
+        beside: Other arrays that both are run with once for every ``times`` runs with ``inputs``; what counts is the
+            time of all these runs.
+        times: See ``beside``.
     """
 
     signature: str
@@ -168,6 +171,8 @@ class Probe:
     after: ir.Model
     inputs: Arrays
     shared: Mapping[str, str] = field(default_factory=dict)
+    beside: Arrays | None = None
+    times: int = 1
 
 
 Progress = Callable[[str, int, int], None]

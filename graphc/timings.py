@@ -8,20 +8,21 @@ import os
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graphc.cache import Store, key
-from graphc.contract import Probe, no_progress
+from graphc.contract import Arrays, Probe, no_progress
 from graphc.errors import BadInput
+
+if TYPE_CHECKING:
+    from graphc.runtime import Session
 
 SCHEMA = "graphc-timings/1"
 
 FASTER = 0.95
 """The ratio of times from which on a form counts as faster."""
-
-SLOWER = 1.03
-"""The ratio up to which it counts as not slower."""
 
 _SECONDS = (0.05, 0.4)
 """Time spent on each pair of forms: at first, and where that does not tell them apart."""
@@ -94,22 +95,51 @@ class Table:
         from graphc import runtime
 
         try:
-            after = runtime.session(probe.after, optimise=True)
-            pair = {
-                "before": runtime.session(probe.before, optimise=True),
-                "after": after.in_place(probe.inputs, probe.shared) if probe.shared else after,
-            }
-            for seconds in _SECONDS:
-                timing = runtime.measure(pair, probe.inputs, seconds=seconds, warmup=3)["after"]
-                if timing.ratio_high < _CLEAR[0] or timing.ratio_low > _CLEAR[1]:
-                    break
+            before, after = (runtime.session(model, optimise=True) for model in (probe.before, probe.after))
+            found = _ratio(before, after, probe.inputs, probe.shared)
+            if probe.beside is not None:
+                once = _ratio(before, after, probe.beside, probe.shared)
+                found = found.scaled(probe.times).added(once)
         except BadInput:
             return None
         # The upper quartile: faster must mean faster most of the time.
-        ratio = round(timing.ratio_high, _DIGITS)
-        if self._store is not None and timing.ratio_high <= _STEADY * timing.ratio_low:
+        ratio = round(found.high, _DIGITS)
+        if self._store is not None and found.high <= _STEADY * found.low:
             self._store.put(_key(probe.signature), lambda folder: _keep(folder, ratio))
         return ratio
+
+
+@dataclass(frozen=True)
+class _Ratio:
+    """The time of one form divided by that of another: quartiles, and the seconds that the other takes."""
+
+    low: float
+    high: float
+    seconds: float
+
+    def scaled(self, times: int) -> _Ratio:
+        """That of so many runs."""
+        return replace(self, seconds=times * self.seconds)
+
+    def added(self, other: _Ratio) -> _Ratio:
+        """That of both, one after the other."""
+        total = self.seconds + other.seconds
+        low, high = (
+            (a * self.seconds + b * other.seconds) / total for a, b in ((self.low, other.low), (self.high, other.high))
+        )
+        return _Ratio(low, high, total)
+
+
+def _ratio(before: Session, after: Session, inputs: Arrays, shared: Mapping[str, str]) -> _Ratio:
+    from graphc import runtime
+
+    pair = {"before": before, "after": after.in_place(inputs, shared) if shared else after}
+    for seconds in _SECONDS:
+        timings = runtime.measure(pair, inputs, seconds=seconds, warmup=3)
+        found = timings["after"]
+        if found.ratio_high < _CLEAR[0] or found.ratio_low > _CLEAR[1]:
+            break
+    return _Ratio(found.ratio_low, found.ratio_high, timings["before"].median)
 
 
 def digest(used: Mapping[str, float]) -> str:
@@ -117,7 +147,7 @@ def digest(used: Mapping[str, float]) -> str:
 
     Equal decisions make equal models, hence what was decided counts and not by how many microseconds.
     """
-    decided = sorted((signature, ratio <= FASTER, ratio <= SLOWER) for signature, ratio in used.items())
+    decided = sorted((signature, ratio <= FASTER) for signature, ratio in used.items())
     return hashlib.sha256(json.dumps(decided).encode()).hexdigest() if used else ""
 
 

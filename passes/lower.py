@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -11,14 +12,14 @@ import onnx_ir as ir
 
 from graphc import edit
 from graphc.contract import Context, Effect, Needs, Pass, PassResult, Probe, option
-from graphc.lowering.cached import untie
+from graphc.lowering.cached import counts, untie
 from graphc.lowering.forms import FORMS, STANDARD
 from graphc.lowering.site import Site, write
 from graphc.lowering.timed import models
 from graphc.recognition.graph import Graph
 from graphc.rewrites.base import Refused
-from graphc.shapes.symbolic import Expr, plain_name
-from graphc.timings import FASTER, SLOWER
+from graphc.shapes.symbolic import Expr
+from graphc.timings import FASTER
 
 FormName = Literal[
     "skip-rms-norm",
@@ -39,9 +40,9 @@ class Lower(Pass):
     """Write operators in the form that is measured to be the fastest on this machine.
 
     Each form is timed once for each size (``sum-norm``: once for all) against what the session makes of the model by
-    itself; ``--timings FILE`` keeps and pins what was measured. A decoder with a cache is timed with one token and with
-    ``length``: what is written is faster with one of them, and not slower with the other. The last three forms write
-    standard operators; the others those that only ONNX Runtime has, which the target must allow:
+    itself; ``--timings FILE`` keeps and pins what was measured. A decoder with a cache is timed with a prompt of
+    ``length`` tokens and as many single ones after it: what all of them take together decides. The last three forms
+    write standard operators; the others those that only ONNX Runtime has, which the target must allow:
     ``-t 'onnxruntime{portable=false}'``. Forms, as ``only`` and ``skip`` name them:
 
     - ``skip-rms-norm``: Add and RMSNormalization become SkipSimplifiedLayerNormalization.
@@ -54,8 +55,8 @@ class Lower(Pass):
     - ``sum-norm``: Add before LayerNormalization becomes Sum, which the session does not fuse with it: its
       SkipLayerNormalization may be slower than the two.
     - ``joint-product``: Up to four MatMul of one input become one, and a Split.
-    - ``unpacked-product``: The MatMul of one row with a large weight reads it as it is stored: the session does not
-      repack what a view hides from it.
+    - ``unpacked-product``: The MatMul of one row, or of a decoder's tokens, with a large weight reads it as it is
+      stored: the session does not repack what a view hides from it.
     """
 
     effect: ClassVar[Effect] = Effect.EXACT
@@ -89,20 +90,16 @@ class Lower(Pass):
             result.refuse(name, "nothing can be timed here")
             return result
         cases = _cases(graph, self.length)
-        signed = [(site, [self._signature(site, graph, case) for case in cases]) for site in sites]
-        probes = {
-            signature: (site, case)
-            for site, signatures in signed
-            for signature, case in zip(signatures, cases, strict=True)
-        }
+        signed = [(site, self._signature(site, graph, cases)) for site in sites]
         ratios: Mapping[str, float] = {}
         if ctx.time is not None:
-            ratios = ctx.time([self._probe(site, graph, name, case) for name, (site, case) in probes.items()])
-        for site, signatures in signed:
-            found = [ratios[signature] for signature in signatures if signature in ratios]
-            if len(found) < len(signatures):
+            ratios = ctx.time(
+                [self._probe(site, graph, name, cases) for name, site in {n: s for s, n in signed}.items()]
+            )
+        for site, signature in signed:
+            if signature not in ratios:
                 result.refuse(site.nodes[0], "it is not in the timing table")
-            elif min(found) > FASTER or max(found) > SLOWER:
+            elif ratios[signature] > FASTER:
                 if site.form not in STANDARD:
                     result.refuse(site.nodes[0], f"{site.operator} is not faster than what the session makes by itself")
             elif all(node.graph is not None for node in site.nodes):
@@ -137,16 +134,18 @@ class Lower(Pass):
                 found.append(site)
         return found
 
-    def _signature(self, site: Site, graph: Graph, case: Case) -> str:
+    def _signature(self, site: Site, graph: Graph, cases: Sequence[Case]) -> str:
         """A form, its attributes, and the dtypes and sizes that it is timed with."""
-        operands = ", ".join(
-            "-" if v is None else f"{(graph.dtype(v) or ir.DataType.FLOAT).name.lower()}{_shape(v, site, graph, case)}"
-            for v in site.inputs
-        )
+        dtypes = [(graph.dtype(v) or ir.DataType.FLOAT).name.lower() if v is not None else "-" for v in site.inputs]
+        operands = []
+        for case in cases:
+            shapes = ["" if v is None else str(_shape(v, site, graph, case)) for v in site.inputs]
+            operands.append(", ".join(dtype + shape for dtype, shape in zip(dtypes, shapes, strict=True)))
+        sizes = operands[0] if len(cases) == 1 else f"{self.length} x {operands[0]}; {operands[1]}"
         attributes = " ".join(f"{k}={v:g}" for k, v in sorted(site.attributes.items()))
         given = sum(v is not None for v in site.outputs)
         place = " in place" if self._shared(site) else ""
-        return f"{site.form}({operands}) {attributes} -> {given} {graph.providers[0]}{place}"
+        return f"{site.form}({sizes}) {attributes} -> {given} {graph.providers[0]}{place}"
 
     def _shared(self, site: Site) -> dict[str, str]:
         """Which outputs of a form are written in place, and over which inputs."""
@@ -158,14 +157,17 @@ class Lower(Pass):
             if out and past
         }
 
-    def _probe(self, site: Site, graph: Graph, signature: str, case: Case) -> Probe:
-        before, after, shapes = models(site, graph, lambda value: _shape(value, site, graph, case))
+    def _probe(self, site: Site, graph: Graph, signature: str, cases: Sequence[Case]) -> Probe:
+        before, after, shapes = models(
+            site, graph, [partial(_shape, site=site, graph=graph, case=case) for case in cases]
+        )
         rng = np.random.default_rng(0)
-        inputs = {}
-        for value in before.graph.inputs:
-            assert value.name is not None and value.dtype is not None
-            inputs[value.name] = rng.standard_normal(shapes[value.name]).astype(value.dtype.numpy())
-        return Probe(signature, before, after, inputs, self._shared(site))
+        feeds = []
+        for own in shapes:
+            dtypes = {str(v.name): v.dtype.numpy() for v in before.graph.inputs if v.dtype is not None}
+            feeds.append({name: rng.standard_normal(size).astype(dtypes[name]) for name, size in own.items()})
+        beside = feeds[1] if len(feeds) > 1 else None
+        return Probe(signature, before, after, feeds[0], self._shared(site), beside, self.length)
 
 
 Case = Mapping[str, int]
@@ -173,13 +175,11 @@ Case = Mapping[str, int]
 
 
 def _cases(graph: Graph, length: int) -> list[Case]:
-    """The sizes to time with: 1 for the first axis of an input, else ``length``; with a cache, for one token, too."""
-    model = graph.model
-    batch = {str(v.shape[0]): 1 for v in model.graph.inputs if v.shape is not None and len(v.shape)}
+    """The sizes to time with: 1 for the first axis of an input, else ``length``; with a cache, first one token."""
+    batch = {str(v.shape[0]): 1 for v in graph.model.graph.inputs if v.shape is not None and len(v.shape)}
     several: Case = {"": length, **batch}
-    with_cache = [n for n in edit.nodes(model) if edit.is_op(n, "Attention") and len(n.inputs) > 5]
-    tokens = {plain_name(dim) for node in with_cache for dim in (graph.dims(node.inputs[0]) or ())[-2:-1]} - {None}
-    return [{**several, **{str(name): 1 for name in tokens}}, several] if tokens else [several]
+    tokens = counts(graph)
+    return [{**several, **dict.fromkeys(tokens, 1)}, several] if tokens else [several]
 
 
 def _shape(value: ir.Value, site: Site, graph: Graph, case: Case) -> list[int]:

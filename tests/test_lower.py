@@ -145,7 +145,11 @@ def probe() -> Probe:
 
 def measured(low: float, high: float) -> Callable[..., dict[str, Timing]]:
     """What ``runtime.measure`` gives on a machine that is as quiet as the quartiles are near."""
-    return lambda pair, inputs, **_: {"after": Timing(1.0, 1.0, 1.0, 9, (low + high) / 2, low, high)}
+    ratio = (low + high) / 2
+    return lambda pair, inputs, **_: {
+        "before": Timing(1.0, 1.0, 1.0, 9, 1.0, 1.0, 1.0),
+        "after": Timing(ratio, low, high, 9, ratio, low, high),
+    }
 
 
 def test_what_was_disturbed_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

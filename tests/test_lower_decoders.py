@@ -11,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphc import edit, runtime
+from graphc.contract import Probe
 from graphc.lowering import weights
 from graphc.passes.lower import Lower
+from graphc.runtime.timing import Timing
+from graphc.timings import Table
 from tests.test_fuse import build, numbers, operators, reasons
 from tests.test_lower import TARGET, always, lowered
 from tests.test_recognise import CONTEXT, feeds, run
@@ -71,6 +74,14 @@ def test_one_row_reads_a_large_weight_unpacked(turned: bool, monkeypatch: pytest
     assert operators(after)[-2:] == ["Reshape", "MatMul"]
     several = build(body, x=ROWS, w=numbers(*((40, 8) if turned else (8, 40))))
     assert operators(lowered(several, only=("unpacked-product",))[0]) == operators(several)
+    attention = "z, k1, v1 = Attention<q_num_heads=2,kv_num_heads=2>(x, x, x, g, past_k, past_v) "
+    cached = f"{ROWS}, float[B,1,S,T] g, float[B,2,P,4] past_k, float[B,2,P,4] past_v"
+    held = numbers(*((40, 8) if turned else (8, 40)))
+    model = build(attention + body, x=cached, outputs="y z k1 v1", opset=23, w=held)
+    after = model.clone()
+    assert Lower(only=("unpacked-product",)).run(after, always(0.5)).changes == ["MatMul reads its weight unpacked"]
+    inputs = feeds(model, 0, S=3, P=5, T=8)
+    np.testing.assert_allclose(run(after, inputs)["y"], run(model, inputs)["y"], rtol=0, atol=1e-5)
 
 
 def test_a_weight_behind_fixed_sizes_cannot_be_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,21 +211,38 @@ def test_a_cache_whose_length_is_asked_for_otherwise_is_named() -> None:
     assert reasons(result) == ["the model reads the length of the past off this cache, whose buffer must have it"]
 
 
-def test_one_token_and_many_both_decide() -> None:
-    """A form that is slower for many tokens is not written, however fast it is for one."""
+def test_a_prompt_and_as_many_tokens_decide_together() -> None:
+    """Both are timed for one decision, a prompt once for all of its tokens."""
     text = "z, k1, v1 = Attention<q_num_heads=2,kv_num_heads=2>(x, x, x, g, past_k, past_v) "
     text += "a = MatMul(z, w) b = MatMul(z, v)"
     x = "float[B,S,8] x, float[B,1,S,T] g, float[B,2,P,4] past_k, float[B,2,P,4] past_v"
     model = build(f"{text} y = Add(a, b)", x=x, outputs="y k1 v1", opset=23, w=numbers(8, 8), v=numbers(8, 8, seed=1))
-    for slower, written in ((1.0, True), (1.1, False)):
-        seen: list[str] = []
+    seen: list[Probe] = []
 
-        def time(probes: list, slower: float = slower, seen: list = seen) -> dict[str, float]:
-            seen.extend(probe.signature for probe in probes)
-            return {p.signature: 0.5 if "float[1, 1, 8]" in p.signature else slower for p in probes}
+    def time(probes: list[Probe]) -> dict[str, float]:
+        seen.extend(probes)
+        return {p.signature: 0.5 for p in probes}
 
-        after = model.clone()
-        context = dataclasses.replace(CONTEXT, target=TARGET, time=time)
-        Lower(only=("joint-product",)).run(after, context)
-        assert len(seen) == 2
-        assert ("Split" in operators(after)) == written
+    Lower(only=("joint-product",), length=16).run(model, dataclasses.replace(CONTEXT, target=TARGET, time=time))
+    (probe,) = seen
+    assert probe.beside is not None and probe.times == 16
+    assert [next(iter(each.values())).shape for each in (probe.inputs, probe.beside)] == [(1, 1, 8), (1, 16, 8)]
+    assert "16 x float[1, 1, 8]" in probe.signature and "float[1, 16, 8]" in probe.signature
+    for each in (probe.before, probe.after):
+        for inputs in (probe.inputs, probe.beside):
+            runtime.session(each, optimise=True).run(inputs)
+
+
+def test_a_table_adds_the_times_of_a_prompt_and_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the time for each of 10 tokens of 1 s, twice for a prompt of 5 s: 15 s in the place of 15 s."""
+    model = build("y = Relu(x)", x="float[N] x")
+
+    def measure(pair: dict, inputs: dict, **_: object) -> dict[str, Timing]:
+        seconds, ratio = (1.0, 0.5) if len(inputs["x"]) == 1 else (5.0, 2.0)
+        return {n: Timing(seconds * r, 0, 0, 5, r, r, r) for n, r in zip(pair, (1.0, ratio), strict=True)}
+
+    monkeypatch.setattr(runtime, "measure", measure)
+    arrays = [{"x": np.zeros(n, np.float32)} for n in (1, 10)]
+    probe = Probe("relu", model, model.clone(), arrays[0], beside=arrays[1], times=10)
+    assert Table()([probe]) == {"relu": 1.0}
+    assert Table()([dataclasses.replace(probe, beside=None)]) == {"relu": 0.5}

@@ -104,6 +104,13 @@ def _lengths(mask: ir.Value, q: ir.Value, graph: Graph) -> tuple[ir.Value, ir.Va
     )
 
 
+def counts(graph: Graph) -> set[str]:
+    """The names of the sizes that say how many tokens a decoder with a cache reads; empty without a cache."""
+    with_cache = [n for n in edit.nodes(graph.model) if edit.is_op(n, "Attention") and len(n.inputs) > 5]
+    dims = [dim for node in with_cache for dim in (graph.dims(node.inputs[0]) or ())[-2:-1]]
+    return {name for dim in dims if (name := symbolic.plain_name(dim)) is not None}
+
+
 def untie(graph: Graph) -> list[str]:
     """Let what reads the length of the past off a cache read it off the mask, so that buffers may be longer.
 

@@ -130,7 +130,7 @@ def _equal(site: Site, graph: Graph) -> bool:
         return [_number(dim, numbers) for dim in graph.dims(value) or ()]
 
     rng = np.random.default_rng(0)
-    before, after, shapes = models(site, graph, shape)
+    before, after, (shapes,) = models(site, graph, [shape])
     feeds = {name: rng.standard_normal(size).astype(np.float32) for name, size in shapes.items()}
     try:
         wanted, found = (

@@ -23,17 +23,17 @@ _MOST = 16
 
 
 def models(
-    site: Site, graph: Graph, shape: Callable[[ir.Value], Sequence[int]]
-) -> tuple[ir.Model, ir.Model, dict[str, tuple[int, ...]]]:
+    site: Site, graph: Graph, cases: Sequence[Callable[[ir.Value], Sequence[int]]]
+) -> tuple[ir.Model, ir.Model, list[dict[str, tuple[int, ...]]]]:
     """The standard operators of a site, and what may take their place, as two models with the same inputs.
 
     Args:
         site: The place. One with weights is written several times, each with weights of its own.
         graph: The graph that it is in.
-        shape: Gives the shape of each value to time it with.
+        cases: Each gives the shape of each value to time it with.
 
     Returns:
-        Both models, and the shape of each input; sizes that the graph leaves open are open there, too.
+        Both models, and the shape of each input in each case; sizes that the graph leaves open are open there, too.
     """
     nodes = (*reversed(site.nodes), *([site.reader] if site.reader is not None else []))
     standard = [Step(n.op_type, tuple(n.inputs), tuple(n.outputs), dict(n.attributes), n.domain) for n in nodes]
@@ -44,7 +44,8 @@ def models(
     made = {v for step in standard for v in step.outputs}
     outer = list(dict.fromkeys(v for step in standard for v in step.inputs if v is not None and v not in made))
     wanted = [v for v in (site.outputs if site.reader is None else site.reader.outputs) if v is not None]
-    feeds = {value: tuple(shape(value)) for value in outer}
+    sizes = [{value: tuple(shape(value)) for value in outer} for shape in cases]
+    feeds = sizes[0]
     held = {value: tensor for value in outer if (tensor := edit.tensor(value)) and tuple(tensor.shape) == feeds[value]}
     feeds = {value: own for value, own in feeds.items() if value not in held}
     size = sum(tensor.nbytes for tensor in held.values())
@@ -81,7 +82,8 @@ def models(
         )
         return ir.Model(body, ir_version=10)
 
-    return build(standard), build([*steps, *kept]), {str(value.name): own for value, own in feeds.items()}
+    named = [{str(value.name): own for value, own in each.items() if value not in held} for each in sizes]
+    return build(standard), build([*steps, *kept]), named
 
 
 def _new(written: Sequence[Step]) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:

@@ -9,11 +9,13 @@ import onnx_ir as ir
 
 from graphc import edit
 from graphc.edit import Array
+from graphc.lowering.cached import counts
 from graphc.lowering.site import Site
 from graphc.lowering.steps import Step, between, constant, ints
 from graphc.recognition.graph import Graph
 from graphc.rewrites.base import Refused, dims
 from graphc.rewrites.weights import reading
+from graphc.shapes.symbolic import plain_name
 
 _MOST = 4
 """Products that are joined at most: all of them have their results in memory at once."""
@@ -82,14 +84,14 @@ def _beside(held: Sequence[ir.TensorProtocol]) -> ir.TensorProtocol:
 
 
 def unpacked(node: ir.Node, graph: Graph) -> Site | None:
-    """A product of single rows with a matrix that no cache holds.
+    """A product with a matrix that no cache holds, of single rows or, in a decoder, of as many as it reads tokens.
 
     ONNX Runtime repacks constant weights into blocks, which suit products of many rows; a single row is multiplied
     faster with the weight as it is stored. It repacks nothing that it sees as computed, such as a view whose shape is.
     """
     x, weight = node.inputs[:2]
     shape = graph.dims(x)
-    if x is None or weight is None or edit.tensor(x) is not None or shape is None or len(shape) < 2 or shape[-2] != 1:
+    if x is None or weight is None or edit.tensor(x) is not None or shape is None or len(shape) < 2:
         return None
     nodes: tuple[ir.Node, ...] = (node,)
     source, turned = weight, weight.producer()
@@ -97,6 +99,8 @@ def unpacked(node: ir.Node, graph: Graph) -> Site | None:
         source, nodes = turned.inputs[0], (node, turned)
     held = edit.tensor(source)
     if held is None or not source.is_initializer() or len(held.shape) != 2 or held.nbytes < _LARGE:
+        return None
+    if shape[-2] != 1 and plain_name(shape[-2]) not in counts(graph):
         return None
     free = next((i for i, dim in enumerate(shape[:-1]) if not isinstance(dim, int)), None)
     if free is None:
