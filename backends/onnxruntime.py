@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphc.contract import Backend, Capabilities, Progress, Runnable, no_progress, option
+from graphc.contract import Backend, Capabilities, Progress, Runnable, Timer, no_progress, option
 from graphc.errors import BadInput
 from graphc.storage import files
 
@@ -94,6 +94,11 @@ class OnnxRuntime(Backend):
             threads=settings.get("threads", self.threads),
             frugal=frugal,
         )
+
+    def timer(self) -> Timer:
+        from graphc import timings
+
+        return timings.in_sessions
 
     def unrealised(self, path: Path) -> Sequence[str]:
         from graphc import model as models

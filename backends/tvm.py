@@ -6,11 +6,12 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files as resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from graphc.contract import Arrays, Backend, Capabilities, Progress, Runnable, no_progress, option
+from graphc.contract import Arrays, Backend, Capabilities, Progress, Runnable, Timer, no_progress, option
 from graphc.errors import BadInput, NotHere
 
 if TYPE_CHECKING:
@@ -80,6 +81,17 @@ class Tvm(Backend):
             return Loaded(serve.Model(path))
         except (OSError, ValueError, KeyError) as error:
             raise BadInput("cannot load the artifact", where=str(path), why=str(error), hint="make it again") from None
+
+    def timer(self) -> Timer | None:
+        from graphc.tvm import install, timing
+
+        if self.target == "cuda" or self.target.startswith("{"):
+            return None
+        try:
+            install.require()
+        except BadInput:
+            return None
+        return partial(timing.timer, target=self.target, threads=self.threads)
 
     def unrealised(self, path: Path) -> Sequence[str]:
         manifest = json.loads((path / "graphc.json").read_text(encoding="utf-8"))

@@ -179,6 +179,10 @@ Progress = Callable[[str, int, int], None]
 """Called as ``progress(what, done, total)``; a total of 0 means that it is not known."""
 
 
+Timer = Callable[[Sequence["Probe"], Progress], Mapping[str, tuple[float, float]]]
+"""Gives the quartiles of the ratio after / before of the times of probes, by signature, without what does not run."""
+
+
 def no_progress(what: str, done: int, total: int) -> None:
     """The progress callback that shows nothing."""
 
@@ -243,6 +247,9 @@ class Pass(abc.ABC):
     unchecked_ok: ClassVar[bool] = False
     """Whether the pass has a part that is safe on a model that cannot be run here (it then looks at
     ``Context.checkable``); the runner does not call other passes on such a model."""
+
+    timed_on: ClassVar[tuple[str, ...]] = ("onnxruntime",)
+    """The targets that its probes are models for; on others nothing is timed for it."""
 
     def __post_init__(self) -> None:
         check(self, self.name)
@@ -362,6 +369,10 @@ class Backend(abc.ABC):
             path: What ``emit`` or ``emit_file`` wrote.
             frugal: Spend time to save memory; what is loaded so must not be timed.
         """
+
+    def timer(self) -> Timer | None:
+        """What times probes as the target runs them; None if it cannot be done here."""
+        return None
 
     def unrealised(self, path: Path) -> Sequence[str]:
         """What the target does not run, or store, as the emitted model has it, in whole sentences.

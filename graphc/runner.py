@@ -172,14 +172,15 @@ class Runner:
     def _informed(self, each: Pass, model: ir.Model) -> Context:
         """The context of a pass, with the statistics that it needs."""
         wanted = each.needs(model)
-        if wanted.timings and self.timings is not None:
-            self.context = dataclasses.replace(self.context, time=self._timed)
+        context = self.context
+        if wanted.timings and self.timings is not None and context.target.name in each.timed_on:
+            context = dataclasses.replace(context, time=self._timed)
         if not (wanted.statistics or wanted.calibration) or self.calibration is None:
-            return self.context
+            return context
         calibration = self.calibration()
         self._warn(calibration.notes)
         return dataclasses.replace(
-            self.context,
+            context,
             statistics=calibration.collect(model, wanted.statistics),
             collect=calibration.collect,
             calibration=calibration.samples,

@@ -7,17 +7,15 @@ import json
 import os
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from graphc.cache import Store, key
-from graphc.contract import Arrays, Probe, no_progress
+from graphc.contract import Arrays, Probe, Progress, Runnable, Timer, no_progress
 from graphc.errors import BadInput
-
-if TYPE_CHECKING:
-    from graphc.runtime import Session
 
 SCHEMA = "graphc-timings/1"
 
@@ -43,6 +41,8 @@ class Table:
         pinned: A file. If it exists, its numbers are the only ones there are; if not, ``write`` makes it.
         store: Where measurements are kept for the next run.
         progress: ``progress(what, done, total)``.
+        timer: What measures.
+        target: The target that it measures on, with its options; "" for ONNX Runtime.
 
     Attributes:
         used: Every ratio that was asked for and found.
@@ -55,25 +55,29 @@ class Table:
         self,
         pinned: Path | None = None,
         store: Store | None = None,
-        progress: Callable[[str, int, int], None] = no_progress,
+        progress: Progress = no_progress,
+        timer: Timer | None = None,
+        target: str = "",
     ) -> None:
         self.used: dict[str, float] = {}
         self._path, self._store, self._progress = pinned, store, progress
+        self._timer, self._target = timer or in_sessions, target
         self._pinned = _read(pinned) if pinned is not None and pinned.exists() else None
 
     def __call__(self, probes: Sequence[Probe]) -> Mapping[str, float]:
         """The ratio after / before of each probe; one that is unknown and may not be measured is left out."""
-        found: dict[str, float] = {}
-        for number, probe in enumerate(probes):
-            self._progress("timing operators", number, len(probes))
-            if self._pinned is not None:
-                ratio = self._pinned.get(probe.signature)
-            else:
-                ratio = self._kept(probe.signature)
-                if ratio is None:
-                    ratio = self._measured(probe)
-            if ratio is not None:
-                found[probe.signature] = ratio
+        known: dict[str, float | None] = {}
+        for probe in probes:
+            pinned = self._pinned
+            known[probe.signature] = self._kept(probe.signature) if pinned is None else pinned.get(probe.signature)
+        waiting = [probe for probe in probes if known[probe.signature] is None]
+        if self._pinned is None and waiting:
+            for signature, (low, high) in self._timer(waiting, self._progress).items():
+                # The upper quartile: faster must mean faster most of the time.
+                known[signature] = ratio = round(high, _DIGITS)
+                if self._store is not None and high <= _STEADY * low:
+                    self._store.put(self._key(signature), partial(_keep, ratio=ratio))
+        found = {signature: ratio for signature, ratio in known.items() if ratio is not None}
         self.used.update(found)
         return found
 
@@ -86,60 +90,68 @@ class Table:
             write(self._path, json.dumps(document, indent=2) + "\n")
 
     def _kept(self, signature: str) -> float | None:
-        entry = self._store.get(_key(signature)) if self._store is not None else None
+        entry = self._store.get(self._key(signature)) if self._store is not None else None
         if entry is None:
             return None
         return float(json.loads((entry / "ratio.json").read_text(encoding="utf-8")))
 
-    def _measured(self, probe: Probe) -> float | None:
-        from graphc import runtime
+    def _key(self, signature: str) -> str:
+        from graphc import environment
 
+        on = {"target": self._target} if self._target else {}
+        return key(kind="timing", signature=signature, machine=machine(), versions=environment.versions(), **on)
+
+
+def in_sessions(probes: Sequence[Probe], progress: Progress) -> dict[str, tuple[float, float]]:
+    """The quartiles of the ratio after / before in sessions of ONNX Runtime; what does not run is left out."""
+    from graphc import runtime
+
+    found = {}
+    for number, probe in enumerate(probes):
+        progress("timing operators", number, len(probes))
         try:
             before, after = (runtime.session(model, optimise=True) for model in (probe.before, probe.after))
-            found = _ratio(before, after, probe.inputs, probe.shared)
+            took = ratio(before, after.in_place(probe.inputs, probe.shared) if probe.shared else after, probe.inputs)
             if probe.beside is not None:
-                once = _ratio(before, after, probe.beside, probe.shared)
-                found = found.scaled(probe.times).added(once)
+                shared = after.in_place(probe.beside, probe.shared) if probe.shared else after
+                took = took.scaled(probe.times).added(ratio(before, shared, probe.beside))
+            found[probe.signature] = took.low, took.high
         except BadInput:
-            return None
-        # The upper quartile: faster must mean faster most of the time.
-        ratio = round(found.high, _DIGITS)
-        if self._store is not None and found.high <= _STEADY * found.low:
-            self._store.put(_key(probe.signature), lambda folder: _keep(folder, ratio))
-        return ratio
+            continue
+    return found
 
 
 @dataclass(frozen=True)
-class _Ratio:
+class Ratio:
     """The time of one form divided by that of another: quartiles, and the seconds that the other takes."""
 
     low: float
     high: float
     seconds: float
 
-    def scaled(self, times: int) -> _Ratio:
+    def scaled(self, times: int) -> Ratio:
         """That of so many runs."""
         return replace(self, seconds=times * self.seconds)
 
-    def added(self, other: _Ratio) -> _Ratio:
+    def added(self, other: Ratio) -> Ratio:
         """That of both, one after the other."""
         total = self.seconds + other.seconds
         low, high = (
             (a * self.seconds + b * other.seconds) / total for a, b in ((self.low, other.low), (self.high, other.high))
         )
-        return _Ratio(low, high, total)
+        return Ratio(low, high, total)
 
 
-def _ratio(before: Session, after: Session, inputs: Arrays, shared: Mapping[str, str]) -> _Ratio:
+def ratio(before: Runnable, after: Runnable, inputs: Arrays) -> Ratio:
+    """The ratio of the times of two runnables, measured in turns, for longer where it is near 1."""
     from graphc import runtime
 
-    pair = {"before": before, "after": after.in_place(inputs, shared) if shared else after}
     for seconds in _SECONDS:
-        timings = runtime.measure(pair, inputs, seconds=seconds, warmup=3)
+        timings = runtime.measure({"before": before, "after": after}, inputs, seconds=seconds, warmup=3)
         found = timings["after"]
         if found.ratio_high < _CLEAR[0] or found.ratio_low > _CLEAR[1]:
             break
-    return _Ratio(found.ratio_low, found.ratio_high, timings["before"].median)
+    return Ratio(found.ratio_low, found.ratio_high, timings["before"].median)
 
 
 def digest(used: Mapping[str, float]) -> str:
@@ -162,12 +174,6 @@ def machine() -> str:
 
 def _keep(folder: Path, ratio: float) -> None:
     (folder / "ratio.json").write_text(json.dumps(ratio), encoding="utf-8")
-
-
-def _key(signature: str) -> str:
-    from graphc import environment
-
-    return key(kind="timing", signature=signature, machine=machine(), versions=environment.versions())
 
 
 def _read(path: Path) -> dict[str, float]:

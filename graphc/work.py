@@ -78,7 +78,9 @@ class Work:
         """How fast operators are on this machine."""
         from graphc.cache import Store
 
-        return timings.Table(self.settings.timings, Store() if self.settings.cache else None, self.progress)
+        target, store = self.settings.target, Store() if self.settings.cache else None
+        of = "" if target.name == "onnxruntime" else target.spec()
+        return timings.Table(self.settings.timings, store, self.progress, target.timer(), of)
 
     @cached_property
     def caveats(self) -> list[str]:
@@ -195,7 +197,7 @@ class Work:
             context=context,
             calibration=lambda: self.calibration,
             unchecked=settings.unchecked or not settings.verify,
-            timings=self.table if context.target.name == "onnxruntime" else None,
+            timings=self.table if settings.target.timer() is not None else None,
         )
         runner.run(passes, load=None if done else self._load)
         self.table.write()

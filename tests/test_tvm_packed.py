@@ -13,7 +13,8 @@ import pytest
 
 from graphc import compiled, pipeline
 from graphc.recipe import parse_backend
-from graphc.tvm import emit, packed
+from graphc.tvm import emit
+from graphc.tvm.placing import OWN
 from tests.test_backend_tvm import build, weight
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -76,7 +77,7 @@ def quantized(
 def own(model: ir.Model) -> list[str]:
     """The operators of graphc's own in the lowered model."""
     ((_, _, simple),) = emit.lowered(model.clone(), ())
-    return [node.op_type for node in simple.graph if node.domain == packed.OWN]
+    return [node.op_type for node in simple.graph if node.domain == OWN]
 
 
 CASES: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from graphc import edit
+from graphc import edit, tiles
 from graphc.shapes import RULES, UNKNOWN, Fact, Facts, Shape, control_flow, network_rules, size_rules, tensor_rules
 from graphc.shapes.symbolic import Dim, Unrepresentable
 
@@ -23,6 +23,8 @@ MODULES = (control_flow, network_rules, size_rules, tensor_rules)
 
 def infer(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
     """The facts of the outputs of a node; None if nothing is known about its operator."""
+    if edit.is_op(node, tiles.OPERATOR, domain=tiles.DOMAIN):
+        return [Fact(inputs[0].dtype, edit.attribute(node, "shape"))]
     if node.domain not in ("", "ai.onnx"):
         return _onnx_inference(node, inputs, facts)
     found: Facts_ | None = None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from graphc import edit
+from graphc import edit, tiles
 from graphc.edit import attribute
 from graphc.shapes import Facts
 
@@ -103,10 +103,13 @@ def _replace_outputs(node: ir.Node, values: Sequence[ir.Value], after: ir.Node |
 
 
 def inline_functions(model: ir.Model) -> int:
-    """Replace every call of a local function by its body; returns how many functions there were."""
+    """Replace every call of a local function by its body; returns how many functions there were.
+
+    What puts a weight together from its tiles stays: targets read it.
+    """
     from onnx_ir.passes.common import InlinePass
 
-    count = len(model.functions)
+    count = sum(function.domain != tiles.DOMAIN for function in model.functions.values())
     if count:
-        InlinePass()(model)
+        InlinePass(lambda function: function.domain != tiles.DOMAIN)(model)
     return count

@@ -59,7 +59,7 @@ def emit(
             "trials": budget.trials,
         }
         (job / "job.json").write_text(json.dumps(settings), encoding="utf-8")
-        code, doing = _run(job, progress)
+        code, doing = run(job, progress, WORKER)
         if (job / "error.json").is_file():
             raise BadInput(**json.loads((job / "error.json").read_text(encoding="utf-8")))
         if code:
@@ -95,14 +95,14 @@ def hand_over(model: ir.Model, path: Path) -> None:
     path.write_bytes(ir.to_proto(copy).SerializeToString(deterministic=True))
 
 
-def _run(job: Path, progress: Progress) -> tuple[int, str]:
-    """Run the worker to its end: its exit code, or minus the signal, and what it was doing last."""
+def run(job: Path, progress: Progress, worker: str) -> tuple[int, str]:
+    """Run a worker to its end: its exit code, or minus the signal, and what it was doing last."""
     path = os.pathsep.join(place or str(Path.cwd()) for place in sys.path)
     environment = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(job)}
     doing = "compiling"
     with (job / "log").open("wb") as log:
         child = subprocess.Popen(
-            [sys.executable, "-P", "-m", WORKER, str(job)],
+            [sys.executable, "-P", "-m", worker, str(job)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -16,10 +16,6 @@ WEIGHT = 1024
 """Elements from which a constant is a weight: it stays out of the message that is imported, and of the library."""
 
 
-OWN = "graphc.tvm"
-"""The domain of operators that only a lowered model has, see :mod:`graphc.tvm.own`."""
-
-
 def to_relax(model: ir.Model, target: Any) -> Any:
     """Import a lowered model.
 

@@ -12,17 +12,21 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import onnx_ir as ir
 
-from graphc import edit
+from graphc import edit, tiles
 from graphc.contract import PassResult
 from graphc.edit import attribute
 from graphc.errors import BadInput
 from graphc.opset.expand import expand
 from graphc.simplification import whole
-from graphc.tvm import packed
-from graphc.tvm.importer import OWN, WEIGHT
+from graphc.tvm import packed, sparse
+from graphc.tvm.importer import WEIGHT
+from graphc.tvm.placing import OWN
 
 _MOST_ROUNDS = 4
 """Rounds of expanding and simplifying; the body of one operator may hold others that have bodies."""
+
+_KEPT = ("Range", tiles.OPERATOR)
+"""Operators whose bodies do not take their place: a loop, which would be refused, and what is read as it is."""
 
 _FEW = 3
 """Nodes of an operator that an error names."""
@@ -39,10 +43,10 @@ def lower(model: ir.Model) -> None:
         whole.simplify(model, PassResult())
         names = edit.Names(model)
         rewritten = sum(_rewrite(node, names) for graph in list(edit.graphs(model)) for node in list(graph))
-        # The body of Range is a loop, which would be refused in its place.
-        expanded = expand(model, lambda node: node.op_type != "Range" and bool(_obstacle(node, supported)))
+        expanded = expand(model, lambda node: node.op_type not in _KEPT and bool(_obstacle(node, supported)))
         if not rewritten and not expanded:
             break
+    sparse.write(model)
     packed.write(model)
     _as_floats(model)
     missing: dict[str, list[ir.Node]] = {}

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from graphc.tvm import packed
+from graphc.errors import BadInput
+from graphc.tvm import packed, sparse
 from graphc.tvm.kernels import packed as packed_kernels
+from graphc.tvm.kernels import sparse as sparse_kernels
 from graphc.tvm.nest import Machine
 
 Converter = Callable[[Any, Sequence[Any], Mapping[str, Any], Any], Any]
@@ -107,9 +109,25 @@ def _lookup(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], 
     return builder.emit(relax.op.reshape(y, (*outer, layout.depth)))
 
 
+def _sparse(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], target: Any) -> Any:
+    from tvm import relax
+
+    if target.kind.name != "llvm":
+        raise BadInput("there is no kernel for block-sparse weights on this target", hint="leave the pass 'pack' out")
+    tiles = sparse_kernels.Tiles(**{name: attributes[name] for name in ("outputs", "depth", "high", "deep", "count")})
+    x, starts, places, values = inputs
+    *outer, depth = _sizes(x)
+    rows = math.prod(outer)
+    x = builder.emit(relax.op.reshape(x, (rows, depth)))
+    values = builder.emit(relax.op.permute_dims(values, [0, 2, 1])) if tiles.tall else values
+    function = sparse_kernels.product(rows, tiles, Machine.of(target))
+    y = _call(builder, "sparse_product", function, [x, starts, places, values], (rows, tiles.outputs))
+    return builder.emit(relax.op.reshape(y, (*outer, tiles.outputs)))
+
+
 def _lanes(target: Any) -> int:
     """Outputs beside each other: those of a vector register, one on a GPU."""
     return Machine.of(target).lanes if target.kind.name == "llvm" else 1
 
 
-_CONVERTERS: dict[str, Converter] = {packed.PRODUCT: _product, packed.LOOKUP: _lookup}
+_CONVERTERS: dict[str, Converter] = {packed.PRODUCT: _product, packed.LOOKUP: _lookup, sparse.PRODUCT: _sparse}

@@ -11,13 +11,13 @@ import numpy as np
 import onnx_ir as ir
 
 from graphc import edit
-from graphc.contract import Capabilities
 from graphc.edit import Array
 from graphc.lowering import nbits
 from graphc.lowering.packed import unsigned
 from graphc.recognition.graph import Graph
-from graphc.tvm.importer import OWN, WEIGHT
+from graphc.tvm.importer import WEIGHT
 from graphc.tvm.kernels.packed import OUTPUTS, WORD
+from graphc.tvm.placing import graph_of, put
 
 PRODUCT, LOOKUP = "PackedProduct", "PackedLookup"
 
@@ -34,7 +34,7 @@ def write(model: ir.Model) -> int:
     """
     for node in [node for node in model.graph if edit.is_op(node, "DequantizeLinear")]:
         _outward(node, edit.Names(model))
-    graph = Graph(model, frozenset(), Capabilities("tvm", max_ir=10, max_opset={}))
+    graph = graph_of(model)
     found = [each for each in nbits.weights(graph) if isinstance(each, nbits.Weight) and each.held.size >= WEIGHT]
     for weight in found:
         _write(weight, graph)
@@ -94,11 +94,10 @@ def _write(weight: nbits.Weight, graph: Graph) -> None:
     operands = [edit.initializer(home, array, graph.fresh(f"{name}.{part}")) for part, array in made.items()]
     settings = {"outputs": outputs, "depth": depth, "bits": weight.bits, "block": block, "signed": int(signed)}
     for node in weight.products:
-        bias = node.inputs[2] if edit.is_op(node, "Gemm") and len(node.inputs) > 2 else None
-        _put(node, PRODUCT, [node.inputs[0], *operands], settings, bias, graph)
+        put(node, PRODUCT, [node.inputs[0], *operands], settings, graph)
     settings["half"] = int(weight.scale.dtype == np.float16)
     for node in weight.lookups:
-        _put(node, LOOKUP, [node.inputs[1], *operands], settings, None, graph)
+        put(node, LOOKUP, [node.inputs[1], *operands], settings, graph)
     graph.sweep([value for node in weight.nodes for value in node.outputs])
 
 
@@ -139,31 +138,7 @@ def _filled(part: Array) -> Array:
     return np.pad(np.ascontiguousarray(part), [(0, -len(part) % OUTPUTS), (0, 0)])
 
 
-def _put(
-    node: ir.Node,
-    operator: str,
-    inputs: list[ir.Value | None],
-    settings: dict[str, int],
-    bias: ir.Value | None,
-    graph: Graph,
-) -> None:
-    """An operator, and what is added to it, in the place of a node."""
-    where, out = node.graph, node.outputs[0]
-    assert where is not None
-    made = ir.node(operator, inputs, settings, domain=OWN, name=node.name)
-    where.insert_before(node, made)
-    results = [made.outputs[0]]
-    if bias is not None:
-        added = ir.node("Add", [results[0], bias], name=f"{node.name}.bias")
-        where.insert_before(node, added)
-        results.append(added.outputs[0])
-    for result in results:
-        result.name, result.type, result.shape = graph.fresh(f"{out.name}.packed"), out.type, out.shape
-    edit.replace(out, results[-1])
-    edit.remove(node)
-
-
 def refused(model: ir.Model) -> dict[ir.Node, str]:
     """Nodes that dequantize a matrix which is not read packed, and why."""
-    graph = Graph(model, frozenset(), Capabilities("tvm", max_ir=10, max_opset={}))
+    graph = graph_of(model)
     return dict(each for each in nbits.weights(graph) if not isinstance(each, nbits.Weight))

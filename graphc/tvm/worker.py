@@ -13,20 +13,14 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from graphc.contract import Progress
 from graphc.errors import GraphcError
 from graphc.tvm import emit, targets, tune
 
 
 def main(job: Path) -> int:
     """Compile what ``job.json`` describes; write ``result.json``, or ``error.json`` if the user can act on it."""
-    # What the compiler prints goes to the log, as all that it writes to standard error.
-    pipe = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-    def progress(what: str, done: int, total: int) -> None:
-        print(json.dumps([what, done, total]), file=pipe, flush=True)
-
+    progress = connected()
     settings = json.loads((job / "job.json").read_text(encoding="utf-8"))
     try:
         target = targets.resolve(settings["target"], settings["threads"], settings["arch"])
@@ -40,6 +34,19 @@ def main(job: Path) -> int:
         return int(error.exit_code)
     (job / "result.json").write_text(json.dumps(needs), encoding="utf-8")
     return 0
+
+
+def connected() -> Progress:
+    """Make this process end with its parent; what is returned tells the parent what it is doing."""
+    # What the compiler prints goes to the log, as all that it writes to standard error.
+    pipe = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+    def progress(what: str, done: int, total: int) -> None:
+        print(json.dumps([what, done, total]), file=pipe, flush=True)
+
+    return progress
 
 
 def _end_with_parent() -> None:
