@@ -1,0 +1,1 @@
+"""Axes turned by orthogonal matrices that are folded into weights."""
