@@ -112,3 +112,18 @@ def test_a_budget_in_measured_time() -> None:
         quantized(planted_chain(), context(planted_rows()), time=0.5)
     with pytest.raises(BadInput, match="three ways to limit the same"):
         Quantize(time=0.5, budget=4.0)
+
+
+def test_what_embeds_patches_has_the_bits_of_embeddings() -> None:
+    text = "s = Sub(x, m) p = Conv<strides=[4,4]>(s, w) r = Relu(p) y = Conv(r, v)"
+    for embeddings, dtypes in ((8, ("INT8", "INT4")), (4, ("INT4", "INT4")), (0, ("INT4", "INT4"))):
+        model = build(
+            text,
+            "float[N,3,16,16] x",
+            "float[N,32,4,4] y",
+            m=normal(1, 3, 1, 1),
+            w=normal(32, 3, 4, 4),
+            v=normal(32, 32, 1, 1),
+        )
+        quantized(model, bits=4, embeddings=embeddings)
+        assert tuple(model.graph.initializers[name].dtype.name for name in "wv") == dtypes

@@ -59,7 +59,9 @@ class Options(Pass):
         "For dynamic and static: all codes, whatever sums come to; on CPUs without VNNI right as an artifact only, "
         "which is slower.",
     )
-    embeddings: int = option(8, "Bits of embeddings and of heads tied to them; 0 leaves them.")
+    embeddings: int = option(
+        8, "Bits of embeddings and of heads tied to them, and at least of convolutions of an input; 0 leaves them."
+    )
     budget: float = option(
         0.0, "Bits per weight, scales included, that layers share by what their errors cost; 0: none.", least=0
     )

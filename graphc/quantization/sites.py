@@ -88,6 +88,11 @@ class Site:
         return self.shape[self.axis]
 
     @property
+    def embeds(self) -> bool:
+        """Whether it is that of a convolution of an input of the model: it embeds patches, say."""
+        return any(edit.is_op(use.node, "Conv") and _is_given(use.activation) for use in self.uses)
+
+    @property
     def calibrated(self) -> bool:
         """Whether statistics of its input can be collected."""
         return bool(self.uses) and not self.gathers and not self.views and not self.inner
@@ -147,6 +152,22 @@ def find(
         elif site.readers:
             chosen.append(site)
     return chosen
+
+
+def _is_given(value: ir.Value) -> bool:
+    """Whether a value is an input of the model, perhaps scaled and laid out anew."""
+    for _ in range(8):
+        node = value.producer()
+        if node is None:
+            return value.is_graph_input()
+        read = [v for v in node.inputs if v is not None and edit.tensor(v) is None]
+        if not edit.is_op(node, *_LAID_OUT) or len(read) != 1:
+            return False
+        value = read[0]
+    return False
+
+
+_LAID_OUT = ("Add", "Cast", "Div", "Mul", "Pad", "Reshape", "Sub", "Transpose", "Unsqueeze")
 
 
 def _embedding(node: ir.Node, sites: dict[ir.Value, Site]) -> None:

@@ -33,6 +33,8 @@ def way_of(options: Options, site: Site, bits: int) -> Way | None:
         return None
     if integers(options, site):
         return Grid(), Granularity(site.channel)
+    if bits < options.embeddings and site.embeds:  # hardly any weights, on which everything rests
+        return Grid(options.embeddings), Granularity(site.channel)
     grid = Grid(bits, options.symmetric, options.form)
     if options.block == -1:
         return grid, Granularity()
