@@ -18,7 +18,7 @@ from graphc.edit import attribute
 from graphc.errors import BadInput
 from graphc.opset.expand import expand
 from graphc.simplification import whole
-from graphc.tvm import packed, sparse
+from graphc.tvm import packed, recurrent, sparse
 from graphc.tvm.importer import WEIGHT
 from graphc.tvm.placing import OWN
 
@@ -46,6 +46,7 @@ def lower(model: ir.Model) -> None:
         expanded = expand(model, lambda node: node.op_type not in _KEPT and bool(_obstacle(node, supported)))
         if not rewritten and not expanded:
             break
+    recurrent.write(model)
     sparse.write(model)
     packed.write(model)
     _as_floats(model)
@@ -96,6 +97,8 @@ def _obstacle(node: ir.Node, supported: frozenset[str]) -> str:
         return ""
     if node.domain not in ("", "ai.onnx"):
         return "only standard operators are known"
+    if node.op_type in recurrent.KINDS:
+        return recurrent.obstacle(node)
     if node.op_type not in supported:
         return "there is no converter"
     for value in (*node.inputs, *node.outputs):

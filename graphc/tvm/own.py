@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from graphc.errors import BadInput
-from graphc.tvm import packed, sparse
+from graphc.tvm import packed, recurrent, sparse
 from graphc.tvm.kernels import packed as packed_kernels
+from graphc.tvm.kernels import recurrent as recurrent_kernels
 from graphc.tvm.kernels import sparse as sparse_kernels
 from graphc.tvm.nest import Machine
 
@@ -125,9 +126,28 @@ def _sparse(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], 
     return builder.emit(relax.op.reshape(y, (*outer, tiles.outputs)))
 
 
+def _steps(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], target: Any) -> Any:
+    from tvm import relax
+
+    if target.kind.name != "llvm":
+        raise BadInput("there is no kernel for recurrent layers on this target", hint="-t onnxruntime runs them")
+    length, batch, _ = _sizes(inputs[0])
+    kind, hidden = recurrent.KINDS[attributes["kind"]], _sizes(inputs[2])[1]
+    layer = recurrent_kernels.Layer(kind, length, batch, hidden, bool(attributes["backward"]), bool(attributes["late"]))
+    name = builder.add_func(recurrent_kernels.steps(layer, Machine.of(target)), f"{kind.lower()}_steps")
+    shapes = [[length, batch, hidden], [batch, hidden]][: 2 if kind == "LSTM" else 1]
+    types = [relax.TensorType(shape, "float32") for shape in shapes]
+    return builder.emit(relax.call_tir(name, list(inputs), out_ty=types if len(types) > 1 else types[0]))
+
+
 def _lanes(target: Any) -> int:
     """Outputs beside each other: those of a vector register, one on a GPU."""
     return Machine.of(target).lanes if target.kind.name == "llvm" else 1
 
 
-_CONVERTERS: dict[str, Converter] = {packed.PRODUCT: _product, packed.LOOKUP: _lookup, sparse.PRODUCT: _sparse}
+_CONVERTERS: dict[str, Converter] = {
+    packed.PRODUCT: _product,
+    packed.LOOKUP: _lookup,
+    sparse.PRODUCT: _sparse,
+    recurrent.STEPS: _steps,
+}
