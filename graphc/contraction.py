@@ -168,7 +168,9 @@ def _stack(node: ir.Node, left: ir.Value, right: ir.Value, shape: tuple[int, ...
 def _picked(node: ir.Node, left: ir.Value, right: ir.Value) -> Contraction | str:
     """Rows whose weights are picked from a stack, by experts that a router chose."""
     for activation, picked, axis in ((left, right, -1), (right, left, -2)):
-        gather = picked.producer()
+        gather, flipped = picked.producer(), False
+        if edit.is_op(gather, "Transpose") and gather is not None and attribute(gather, "perm", ()) == (0, 2, 1):
+            gather, flipped = gather.inputs[0].producer() if gather.inputs[0] is not None else None, True
         if gather is None or not edit.is_op(gather, "Gather", "GatherND"):
             continue
         stack, index = gather.inputs[0], gather.inputs[1]
@@ -179,7 +181,7 @@ def _picked(node: ir.Node, left: ir.Value, right: ir.Value) -> Contraction | str
             continue
         rows = Rows(axis=axis, by=index.name or "", size=shape[0])
         # x (k, n) reads the channels from axis 1, and x from the right of (m, k) from axis 2.
-        order = (0, 2, 1) if axis == -1 else (0, 1, 2)
+        order = (0, 2, 1) if (axis == -1) != flipped else (0, 1, 2)
         return Contraction(node, activation, stack, rows, order, (1, 1, 1, 0), output_axis=axis, shape=shape)
     return "neither operand is a constant"
 

@@ -29,6 +29,7 @@ FormName = Literal[
     "quick-gelu",
     "bias-gelu",
     "moe",
+    "qmoe",
     "sum-norm",
     "joint-product",
     "unpacked-product",
@@ -52,6 +53,7 @@ class Lower(Pass):
     - ``quick-gelu``: A product with a Sigmoid of the same becomes QuickGelu.
     - ``bias-gelu``: Add of a vector and Gelu become BiasGelu.
     - ``moe``: A router, the experts that it picks and their sum become MoE.
+    - ``qmoe``: The same, with weights of 4 or 8 bits, become QMoE, which reads them packed and rounds nothing more.
     - ``sum-norm``: Add before LayerNormalization becomes Sum, which the session does not fuse with it: its
       SkipLayerNormalization may be slower than the two.
     - ``joint-product``: Up to four MatMul of one input become one, and a Split.

@@ -8,6 +8,7 @@ import pytest
 
 from graphc import edit
 from graphc.passes.lower import Lower
+from graphc.passes.quantize import Quantize
 from graphc.passes.simplify import Simplify
 from graphc.recognition.census import mixtures
 from tests.test_fuse import numbers, operators, reasons
@@ -19,7 +20,13 @@ EXPERTS, WIDTH, HIDDEN, CHOSEN = 4, 6, 5, 2
 
 
 def mixture(
-    gate: str = "halves", normalised: bool = True, turned: bool = False, extra: bool = False, softmax: str = "before"
+    gate: str = "halves",
+    normalised: bool = True,
+    turned: bool = False,
+    extra: bool = False,
+    softmax: str = "before",
+    width: int = WIDTH,
+    hidden: int = HIDDEN,
 ) -> ir.Model:
     """Tokens, each sent to two of four experts.
 
@@ -29,21 +36,22 @@ def mixture(
         turned: Whether stacks are ``(experts, in, out)``.
         extra: Whether experts read another input, too.
         softmax: Before the choice, or of what was chosen.
+        width, hidden: Of tokens, and of what lies between the two products of an expert.
     """
     w = Writer()
-    x = w.input("x", f"float[B,S,{WIDTH}]")
-    rows = w("Reshape", x, [-1, WIDTH])
-    logits = w("MatMul", rows, numbers(WIDTH, EXPERTS, seed=3))
+    x = w.input("x", f"float[B,S,{width}]")
+    rows = w("Reshape", x, [-1, width])
+    logits = w("MatMul", rows, numbers(width, EXPERTS, seed=3))
     values = w("Softmax", logits, axis=-1) if softmax == "before" else logits
     w.body.append(f"best, index = TopK<axis=-1>({values}, {w.hold(np.array([CHOSEN]))})")
     weights = "best" if softmax == "before" else w("Softmax", "best", axis=-1)
     if normalised and softmax == "before":
         weights = w("Div", "best", w("ReduceSum", "best", [-1], keepdims=1))
     gated = gate in ("halves", "swapped", "pairs")
-    wide = 2 * HIDDEN if gated else HIDDEN
-    first, second = numbers(EXPERTS, wide, WIDTH, seed=1), numbers(EXPERTS, WIDTH, HIDDEN, seed=2)
+    wide = 2 * hidden if gated else hidden
+    first, second = numbers(EXPERTS, wide, width, seed=1), numbers(EXPERTS, width, hidden, seed=2)
     flat = w("Reshape", "index", [-1])
-    repeated = w("Reshape", w("Expand", w("Unsqueeze", rows, [1]), [1, CHOSEN, 1]), [-1, 1, WIDTH])
+    repeated = w("Reshape", w("Expand", w("Unsqueeze", rows, [1]), [1, CHOSEN, 1]), [-1, 1, width])
 
     def product(left: str, stack: np.ndarray) -> str:
         if turned:
@@ -56,14 +64,14 @@ def mixture(
         step = 2 if gate == "pairs" else 1
         starts, ends = ([0], [1]), ([wide], [wide])
         if gate != "pairs":
-            starts, ends = ([0], [HIDDEN]), ([HIDDEN], [wide])
+            starts, ends = ([0], [hidden]), ([hidden], [wide])
         g, u = (w("Slice", h, starts[i], ends[i], [2], [step]) for i in (low, high))
         h = w("Mul", w("Mul", g, w("Sigmoid", g)), u)
     else:
         h = w(gate, h)
     if extra:
-        h = w("Add", h, w.input("z", f"float[{HIDDEN}]"))
-    out = w("Reshape", product(h, second), [-1, CHOSEN, WIDTH])
+        h = w("Add", h, w.input("z", f"float[{hidden}]"))
+    out = w("Reshape", product(h, second), [-1, CHOSEN, width])
     total = w("ReduceSum", w("Mul", out, w("Unsqueeze", weights, [2])), [1], keepdims=0)
     return w.model(w("Add", total, rows))
 
@@ -91,6 +99,46 @@ def test_a_mixture_becomes_one_operator(options: dict[str, object]) -> None:
     for sizes in ({"B": 2, "S": 5}, {"B": 1, "S": 1}):
         inputs = feeds(model, **sizes)
         np.testing.assert_allclose(run(after, inputs)["y"], run(model, inputs)["y"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits, block, symmetric", [(8, 0, True), (4, 0, True), (4, 16, True), (4, 32, False)])
+@pytest.mark.parametrize("options", [{}, {"gate": "swapped", "turned": True}, {"gate": "Relu"}])
+def test_a_mixture_with_codes_becomes_one_operator(
+    options: dict[str, object], bits: int, block: int, symmetric: bool
+) -> None:
+    model = mixture(**options, width=64, hidden=32)  # type: ignore[arg-type]
+    Quantize(bits=bits, block=block, symmetric=symmetric, least=1000).run(model, CONTEXT)
+    assert operators(model).count("DequantizeLinear") == 2
+    after = model.clone()
+    result = Lower(only=("qmoe",)).run(after, always(0.5))
+    assert result.changes == ["QMoE written"], reasons(result)
+    assert not {"TopK", "DequantizeLinear", "Gather"} & set(operators(after))
+    for sizes in ({"B": 2, "S": 5}, {"B": 1, "S": 1}):
+        inputs = feeds(model, **sizes)
+        want = run(model, inputs)["y"]
+        np.testing.assert_allclose(run(after, inputs)["y"], want, rtol=0, atol=2e-5 * np.abs(want).max())
+
+
+def test_weights_of_experts_that_qmoe_would_normalise_are_left() -> None:
+    model = mixture(normalised=False, width=64, hidden=32)
+    Quantize(least=1000).run(model, CONTEXT)
+    result = Lower(only=("qmoe",)).run(model, always(0.5))
+    assert not result.changed and reasons(result) == ["no setting of QMoE computes the same"]
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"bits": 4, "block": 48}, "blocks of experts are no power of two from 16 on, or do not divide their inputs"),
+        ({"bits": 8, "block": -1}, "codes of experts have no 4 or 8 bits, or their scales are no blocks in float32"),
+    ],
+)
+def test_codes_that_qmoe_does_not_read_are_left(options: dict[str, int], reason: str) -> None:
+    model = mixture(width=64, hidden=64)
+    Quantize(**options, least=1000).run(model, CONTEXT)
+    before = operators(model)
+    result = Lower(only=("qmoe",)).run(model, always(0.5))
+    assert operators(model) == before and reasons(result) == [reason]
 
 
 @pytest.mark.parametrize(

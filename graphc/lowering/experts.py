@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -51,15 +52,39 @@ def find(node: ir.Node, graph: Graph) -> Site | None:
     dims = graph.dims(found.tokens)
     if dims is None or not isinstance(dims[-1], int):
         raise Refused("the width of the tokens is not known")
-    for site in _candidates(found, len(dims), dims[-1], held):
-        if _equal(site, graph):
+    for site in _candidates(found, dims[-1], held, graph):
+        if equal(site, graph):
             return site
     raise Refused("no setting of MoE computes the same")
 
 
-def _candidates(found: Mixture, rank: int, width: int, held: Sequence[ir.TensorProtocol]) -> Iterator[Site]:
-    """MoE in every setting that the sizes of the weights allow."""
-    first, second = (sizes_of(t) for t in held)
+@dataclass(frozen=True)
+class Setting:
+    """How an operator computes a mixture.
+
+    Attributes:
+        first: How the rows of the first product's weights are arranged.
+        second: How those of the last product's are.
+        attributes: The operator's.
+        turned: For both, whether the stack is ``(experts, in, out)``.
+    """
+
+    first: Callable[[Array], Array]
+    second: Callable[[Array], Array]
+    attributes: dict[str, Any]
+    turned: tuple[bool, bool]
+
+
+def settings(
+    first: Sequence[int], second: Sequence[int], width: int, chosen: int
+) -> Iterator[tuple[Setting, tuple[int, int]]]:
+    """Every setting that the sizes of the stacks allow, and how many rows the two products have.
+
+    Args:
+        first, second: The shapes of the stacks.
+        width: Of the tokens.
+        chosen: Experts of each token.
+    """
     for turned in (False, True) if first[1] == first[2] else (first[2] != width,):
         inner = first[2] if turned else first[1]
         outer = first[1] if turned else first[2]
@@ -69,29 +94,57 @@ def _candidates(found: Mixture, rank: int, width: int, held: Sequence[ir.TensorP
             hidden = second[1] if swapped else second[2]
             if (second[2] if swapped else second[1]) != width or inner not in (hidden, 2 * hidden):
                 continue
-            last = _weights(held[1], "second", partial(_rows, turned=swapped, order=""), (width, hidden))
+            last = partial(_rows, turned=swapped, order="")
             for order in ("halves", "swapped halves", "pairs") if inner == 2 * hidden else ("",):
-                rows = _weights(held[0], "first", partial(_rows, turned=turned, order=order), (inner, width))
+                rows = partial(_rows, turned=turned, order=order)
                 for attributes in [_GATED] if inner == 2 * hidden else [{"activation_type": name} for name in _PLAIN]:
                     for normalised in (1, 0):
-                        settings = {"k": found.chosen, "normalize_routing_weights": normalised, **attributes}
-                        steps = []
-                        tokens = found.tokens
-                        if rank != 2:
-                            tokens = between(f"{tokens.name}.rows", tokens, (symbol("rows"), width))
-                            steps.append(Step("Reshape", (found.tokens, ints(-1, width)), (tokens,)))
-                        reads = (tokens, found.logits, rows, None, last)
-                        steps.append(Step("MoE", reads, (found.output,), settings, DOMAIN))
-                        inputs = (found.tokens, found.logits, found.first, found.second)
-                        yield Site(
-                            "moe",
-                            "MoE",
-                            found.nodes[::-1],
-                            inputs,
-                            (found.output,),
-                            {"k": found.chosen},
-                            steps=tuple(steps),
-                        )
+                        how = {"k": chosen, "normalize_routing_weights": normalised, **attributes}
+                        yield Setting(rows, last, how, (turned, swapped)), (inner, hidden)
+
+
+def written(
+    form: str,
+    operator: str,
+    found: Mixture,
+    operands: Sequence[ir.Value | None],
+    attributes: dict[str, Any],
+    graph: Graph,
+    beside: Sequence[ir.Node] = (),
+) -> Site:
+    """An operator in the place of a mixture.
+
+    Args:
+        form: Its form's name.
+        operator: Its name.
+        found: The mixture.
+        operands: What it reads after tokens and logits.
+        attributes: Its attributes.
+        graph: The graph.
+        beside: What else it takes the place of: what makes the weights.
+    """
+    dims, tokens, steps = graph.dims(found.tokens) or (), found.tokens, []
+    if len(dims) != 2 and isinstance(width := dims[-1], int):
+        tokens = between(f"{tokens.name}.rows", tokens, (symbol("rows"), width))
+        steps.append(Step("Reshape", (found.tokens, ints(-1, width)), (tokens,)))
+    steps.append(Step(operator, (tokens, found.logits, *operands), (found.output,), attributes, DOMAIN))
+    made = {value for node in beside for value in node.outputs}
+    weights = [v for node in beside for v in node.inputs if v is not None]
+    inputs = (found.tokens, found.logits, *(v for v in (found.first, found.second) if v not in made), *weights)
+    nodes = (*found.nodes[::-1], *beside)
+    return Site(form, operator, nodes, inputs, (found.output,), {"k": found.chosen}, steps=tuple(steps))
+
+
+def _candidates(found: Mixture, width: int, held: Sequence[ir.TensorProtocol], graph: Graph) -> Iterator[Site]:
+    """MoE in every setting."""
+    first, second = (sizes_of(t) for t in held)
+    for setting, (rows, hidden) in settings(first, second, width, found.chosen):
+        reads = (
+            _weights(held[0], "first", setting.first, (rows, width)),
+            None,
+            _weights(held[1], "second", setting.second, (width, hidden)),
+        )
+        yield written("moe", "MoE", found, reads, setting.attributes, graph)
 
 
 def _rows(stack: Array, turned: bool, order: str) -> Array:
@@ -117,7 +170,7 @@ def _weights(held: ir.TensorProtocol, name: str, change: Callable[[Array], Array
     return constant(label, ir.LazyTensor(compute, dtype=held.dtype, shape=sizes, name=label, cache=False))
 
 
-def _equal(site: Site, graph: Graph) -> bool:
+def equal(site: Site, graph: Graph) -> bool:
     """Whether both compute the same of random tokens that reach every expert."""
     from graphc import runtime
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from graphc import edit
-from graphc.lowering import cached, experts, weights
+from graphc.lowering import cached, experts, packed_experts, weights
 from graphc.lowering.site import Site
 from graphc.recognition.gates import gated
 from graphc.recognition.graph import Graph
@@ -110,6 +110,7 @@ FORMS: dict[str, tuple[tuple[str, ...], Callable[[ir.Node, Graph], Site | None]]
     "quick-gelu": (("Sigmoid",), _quick_gelu),
     "bias-gelu": (("Gelu",), _bias_gelu),
     "moe": (("TopK",), experts.find),
+    "qmoe": (("TopK",), packed_experts.find),
     "sum-norm": (("LayerNormalization",), _sum_norm),
     "joint-product": (("MatMul",), weights.joint),
     "unpacked-product": (("MatMul",), weights.unpacked),

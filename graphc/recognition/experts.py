@@ -87,6 +87,14 @@ def find(node: ir.Node, graph: Graph) -> Mixture | None:
     )
 
 
+def weight_of(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The constant that a value is, or the codes that it is dequantized from; None of others."""
+    node = value.producer() if value is not None else None
+    if node is not None and edit.is_op(node, "DequantizeLinear"):
+        return edit.tensor(node.inputs[0])
+    return edit.tensor(value)
+
+
 def _readers(value: ir.Value) -> list[ir.Node]:
     return list(dict.fromkeys(value.consumers()))
 
@@ -101,7 +109,7 @@ def _picked(router: ir.Node, experts: int) -> list[ir.Value]:
                 continue
             seen.add(reader)
             stack = reader.inputs[0]
-            held = edit.tensor(stack)
+            held = weight_of(stack)
             if edit.is_op(reader, "Gather", "GatherND") and held is not None and stack is not None:
                 if len(held.shape) == 3 and held.shape[0] == experts:
                     found[stack] = None
@@ -168,7 +176,7 @@ def _tokens(region: set[ir.Node], logits: ir.Value, dims: tuple[object, ...], gr
     made = {value for node in region for value in node.outputs}
     for node in list(region):
         for value in node.inputs:
-            if value is None or value in made or value is logits or edit.tensor(value) is not None:
+            if value is None or value in made or value is logits or weight_of(value) is not None:
                 continue
             while True:
                 shape, producer = graph.dims(value), value.producer()
