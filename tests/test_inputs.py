@@ -15,6 +15,7 @@ from graphc.checking import inputs
 from graphc.checking.dims import evaluate, symbols_in
 from graphc.checking.inputs import Case, generate
 from graphc.checking.roles import role
+from graphc.checking.widths import fixed
 from graphc.contract import Arrays
 from graphc.errors import BadInput
 
@@ -229,6 +230,45 @@ class TestValues:
     def test_what_is_no_tensor_is_refused(self, kind: str) -> None:
         with pytest.raises(BadInput, match="no tensor"):
             generate(parse(f"g ({kind} x) => ({kind} y) {{ y = Identity(x) }}"))
+
+
+def test_channels_are_those_of_the_weight_that_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing larger than what may be given is ever made."""
+    model = parse(
+        "g (float[batch,channels,height,width] x) => (float[n,8,h,w] y) "
+        "<float[1,3,1,1] m = {0.1, 0.2, 0.3}, float[8,3,4,4] w> "
+        "{ c = Sub(x, m)  y = Conv<strides = [4, 4]>(c, w) }"
+    )
+    assert fixed(model) == {"channels": 3}
+    made = generate(model, accepts=lambda arrays: arrays["x"].shape[1] == 3)
+    assert len(made) >= 4 and all(case.arrays["x"].shape[1] == 3 for case in made)
+    filled: list[int] = []
+    usual = inputs.ordinary
+    monkeypatch.setattr(
+        inputs, "ordinary", lambda each, shape, *rest: filled.append(shape) or usual(each, shape, *rest)
+    )
+    assert not generate(model, accepts=lambda arrays: False)
+    assert filled and max(int(np.prod(shape)) for shape in filled) <= inputs.MAX_ELEMENTS
+
+
+@pytest.mark.parametrize(
+    "body, wanted",
+    [
+        ("y = MatMul(x, w)", {"width": 6}),
+        ("t = Transpose<perm = [0, 2, 1]>(x)  y = MatMul(t, w)", {"length": 6}),
+        ("a = Relu(x)  y = Add(a, v)", {"width": 5}),
+        ("y = MatMul(w, x)", {}),
+    ],
+)
+def test_sizes_that_weights_demand(body: str, wanted: dict[str, int]) -> None:
+    text = f"g (float[n,length,width] x) => (float[a,b,c] y) <float[6,4] w, float[5] v> {{ {body} }}"
+    assert fixed(parse(text)) == wanted
+
+
+def test_pictures_that_must_be_square() -> None:
+    model = parse("g (float[n,3,height,width] x) => (float[n,3,h,w] y) { y = Relu(x) }")
+    made = generate(model, accepts=lambda arrays: arrays["x"].shape[2:] == (384, 384))
+    assert made
 
 
 def test_no_inputs() -> None:

@@ -342,3 +342,24 @@ def test_a_mask_that_is_certainly_causal_becomes_an_attribute(kind: str, causal:
     (node,) = [n for n in edit.nodes(after) if n.op_type == "Attention"]
     assert edit.attribute(node, "is_causal", 0) == causal
     assert len(node.inputs) == (3 if causal else 4)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_masks_that_were_added_up_may_be_infinite(padded: bool) -> None:
+    """Twice the lowest number is -inf, which has no weight in a row of lowest numbers, where those are equal."""
+    w = Writer()
+    q, k, v = (w.input(n, "float[B,2,S,4]") for n in "qkv")
+    s = w("MatMul", q, w("Transpose", k, perm=(0, 1, 3, 2)))
+    each = w("Range", np.int64(0), w("Squeeze", w("Shape", q, start=2, end=3)), np.int64(1))
+    later = w("Greater", w("Unsqueeze", each, [0]), w("Unsqueeze", each, [1]))
+    denied = w("Unsqueeze", w("Not", w.input("keep", "bool[B,S]")), [1, 2])
+    masks = [w("Where", hidden, np.float32(LOWEST), np.float32(0)) for hidden in (denied, later)]
+    model = w.model(w("MatMul", w("Softmax", w("Add", s, w("Add", *masks))), v))
+    after, result = recognised(model)
+    assert result.changes == ["Attention recognised"]
+    inputs = feeds(model, 0, B=2, S=5)
+    inputs["keep"] = np.ones((2, 5), bool)
+    inputs["keep"][0, : 5 if padded else 3] = False
+    wanted, found = run(model, inputs), run(after, inputs)
+    for name, array in wanted.items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ Sizes = dict[str, int]
 Plan = Callable[[int], Sizes]
 """Sizes by variant: 0 has ordinary ones, 1 has ones where it can, 2 has others again, 3 an empty cache."""
 
-_MULTIPLES = (32, 64, 224, 256, 512, 8, 16, 128, 640, 1024, 1)
+_MULTIPLES = (32, 64, 224, 256, 512, 8, 16, 128, 336, 384, 640, 1024, 1)
 """What dimensions may have to be a multiple of, or at least as large as, the most likely first."""
 
 
@@ -77,6 +77,7 @@ class Symbols:
         lengths: All others.
         masks: Those of ``lengths`` that only masks have, such as the length of past and present together.
         past: Those of ``lengths`` that count what a cache holds.
+        fixed: What has only one size with which the model runs, in none of the others.
     """
 
     batch: tuple[str, ...]
@@ -84,14 +85,16 @@ class Symbols:
     lengths: tuple[str, ...]
     masks: tuple[str, ...]
     past: tuple[str, ...]
+    fixed: Mapping[str, int] = field(default_factory=dict)
 
     @staticmethod
-    def of(inputs: Sequence[Input]) -> Symbols:
-        """Sort the symbols of some inputs."""
+    def of(inputs: Sequence[Input], fixed: Mapping[str, int] | None = None) -> Symbols:
+        """Sort the symbols of some inputs, of which some may be known to have one size."""
+        known = fixed or {}
         places: dict[str, list[tuple[Input, int]]] = {}
         for each in inputs:
             for axis, dim in enumerate(each.dims):
-                for symbol in symbols_in(dim) if isinstance(dim, str) else ():
+                for symbol in (s for s in symbols_in(dim) if s not in known) if isinstance(dim, str) else ():
                     places.setdefault(symbol, []).append((each, axis))
         batch = {s for s, at in places.items() if _is_batch(s, at)}
         spatial = {
@@ -106,6 +109,7 @@ class Symbols:
             lengths=tuple(lengths),
             masks=tuple(s for s in lengths if all(_is_mask(*p) for p in places[s])),
             past=tuple(s for s in lengths if _PAST.search(s)),
+            fixed=known,
         )
 
     @property
@@ -118,7 +122,7 @@ class Symbols:
     def plans(self) -> Iterator[Plan]:
         """Ways to give sizes, the most likely first; a single empty one without symbols."""
         if not (self.batch or self.spatial or self.lengths):
-            yield lambda variant: {}
+            yield lambda variant: dict(self.fixed)
             return
         if self.masks:
             yield self._mask_covers_past
@@ -127,6 +131,8 @@ class Symbols:
             yield lambda variant: self._sizes(variant, lambda v, i: (8, 1, 12, 8)[v], (64, 32, 96))
         for of in _MULTIPLES:
             yield self._multiple(of)
+            if len(self.spatial) > 1:
+                yield self._multiple(of, square=True)
 
     def steps(self, plan: Plan, variant: int) -> Iterator[Sizes]:
         """A variant of a plan, then milder changes of its variant 0, for models that take not all sizes."""
@@ -135,13 +141,16 @@ class Symbols:
         for batch in (True, False):
             changed = {s for s in base if (s in self.batch) == batch}
             yield {s: wanted[s] if s in changed else n for s, n in base.items()}
-            yield {s: 2 * n if s in changed else n for s, n in base.items()}
+            yield {s: 2 * n if s in changed and s not in self.fixed else n for s, n in base.items()}
 
-    def _sizes(self, variant: int, length: Callable[[int, int], int], picture: tuple[int, int, int]) -> Sizes:
+    def _sizes(
+        self, variant: int, length: Callable[[int, int], int], picture: tuple[int, int, int], wider: int = 32
+    ) -> Sizes:
         return {
             **dict.fromkeys(self.batch, (2, 1, 3, 2)[variant]),
-            **{s: (*picture, picture[0])[variant] + (variant != 1) * 32 * i for i, s in enumerate(self.spatial)},
+            **{s: (*picture, picture[0])[variant] + (variant != 1) * wider * i for i, s in enumerate(self.spatial)},
             **{s: 0 if variant == 3 and s in self.past else length(variant, i) for i, s in enumerate(self.lengths)},
+            **self.fixed,
         }
 
     def _different(self, variant: int) -> Sizes:
@@ -154,8 +163,9 @@ class Symbols:
         total = sum(sizes[s] for s in (*self.past[:1], *present[:1]))
         return sizes | dict.fromkeys(self.masks, total) if total else sizes
 
-    def _multiple(self, of: int) -> Plan:
-        return lambda variant: self._sizes(variant, lambda v, i: of * (1, 1, 2, 1)[v], (of, of, 2 * of))
+    def _multiple(self, of: int, *, square: bool = False) -> Plan:
+        wider = 0 if square else 32
+        return lambda variant: self._sizes(variant, lambda v, i: of * (1, 1, 2, 1)[v], (of, of, 2 * of), wider)
 
 
 def _is_batch(symbol: str, places: Sequence[tuple[Input, int]]) -> bool:

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from graphc.checking.dims import Sizes, Symbols, evaluate
 from graphc.checking.roles import Role, role
+from graphc.checking.widths import fixed
 from graphc.contract import Arrays
 from graphc.errors import BadInput
 
@@ -108,13 +109,13 @@ def cases(model: ir.Model, *, seed: int = 0, accepts: Callable[[Arrays], bool] |
         BadInput: An input is a sequence, a map or an optional, or has no declared rank.
     """
     inputs = [described(model, v) for v in model.graph.inputs if not v.is_initializer()]
-    symbols = Symbols.of(inputs)
+    symbols = Symbols.of(inputs, fixed(model))
     takes = accepts or (lambda arrays: True)
 
     def make(sizes: Sizes, number: int, what: str, fill: Fill = ordinary) -> Case | None:
-        case = _case(inputs, sizes, seed + number, what, fill)
-        if sizes and sum(a.size for a in case.arrays.values()) > MAX_ELEMENTS:
+        if sizes and sum(math.prod(evaluate(dim, sizes) for dim in each.dims) for each in inputs) > MAX_ELEMENTS:
             return None
+        case = _case(inputs, sizes, seed + number, what, fill)
         return case if takes(case.arrays) else None
 
     for fill in (ordinary, cautious):

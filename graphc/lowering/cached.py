@@ -9,7 +9,7 @@ from graphc import edit
 from graphc.lowering.site import DOMAIN, Site
 from graphc.lowering.steps import Step, between, constant, ints
 from graphc.recognition.graph import Graph
-from graphc.recognition.scores import extremes
+from graphc.recognition.scores import extremes, overflows
 from graphc.rewrites.base import Refused
 from graphc.shapes import Shape, symbolic
 
@@ -77,7 +77,7 @@ def _check_mask(mask: ir.Value | None, queries: Shape, total: symbolic.Dim, grap
         raise Refused("GroupQueryAttention adds its mask, and this one is boolean")
     if len(dims) != 4 or dims[2:] != (queries[1], total):
         raise Refused("the mask is not known to cover all keys of every query")
-    if -float("inf") in extremes(mask):
+    if -float("inf") in extremes(mask) or overflows(mask):
         raise Refused("the mask may hide all keys of a query, of which GroupQueryAttention makes something else")
 
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from graphc import edit
 from graphc.recognition.graph import Graph
 from graphc.recognition.layout import Axes, Axis, Place, arrange, reachable, resolve, settled, size, trace
-from graphc.recognition.scores import Mask, Scores, absorbs, extremes, lowest, nearly_lowest, never_empty
+from graphc.recognition.scores import Mask, Scores, absorbs, extremes, lowest, nearly_lowest, never_empty, overflows
 from graphc.recognition.triangles import is_lower_triangle
 from graphc.rewrites.base import Refused
 from graphc.shapes import symbolic
@@ -117,6 +117,8 @@ def _may_be_nan(mask: Mask) -> bool:
     """Whether a row may be masked by -inf as a whole."""
     if mask.fill is not None:
         return mask.fill == _INFINITE and not never_empty(mask.value, mask.keeps)
+    if overflows(mask.value):
+        return True
     if _INFINITE not in extremes(mask.value) or _rows_stay(mask.value):
         return False
     node = mask.value.producer()
@@ -181,6 +183,12 @@ def _clamped(value: ir.Value, dtype: ir.DataType, before: ir.Node, graph: Graph)
     if edit.is_op(node, "Where") and node is not None and all(edit.scalar(v) is not None for v in node.inputs[1:3]):
         sides = [number if edit.scalar(v) <= lowest(dtype) else v for v in node.inputs[1:3]]  # type: ignore[operator]
         made = graph.make(before, "Where", [node.inputs[0], *sides], like=value, shape=graph.dims(value))
+    elif overflows(value):
+        # What became -inf stays so: it has no weight beside the lowest finite number.
+        floor = _number(lowest(dtype), dtype, before, graph)
+        same = graph.make(before, "Equal", [value, floor], like=value, shape=graph.dims(value))
+        same.type = ir.TensorType(ir.DataType.BOOL)
+        made = graph.make(before, "Where", [same, number, value], like=value, shape=graph.dims(value))
     else:
         made = graph.make(before, "Max", [value, number], like=value, shape=graph.dims(value))
     graph.made[key] = made

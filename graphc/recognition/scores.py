@@ -332,3 +332,20 @@ def extremes(value: ir.Value, depth: int = 10) -> frozenset[float]:
                 found.update([number] if number <= -1e30 else [])
             queue.extend((v, left - 1) for v in node.inputs if v is not None)
     return frozenset(found)
+
+
+def overflows(value: ir.Value, depth: int = 10) -> bool:
+    """Whether two of the numbers that :func:`extremes` finds may have been added up, which gives -inf."""
+    seen: set[ir.Value] = set()
+    queue = [(value, depth)]
+    while queue:
+        current, left = queue.pop()
+        node = current.producer()
+        if current in seen or node is None or not left:
+            continue
+        seen.add(current)
+        inputs = [v for v in node.inputs if v is not None]
+        if edit.is_op(node, "Add", "Sum", "Sub") and sum(bool(extremes(v, left - 1)) for v in inputs) > 1:
+            return True
+        queue.extend((v, left - 1) for v in inputs)
+    return False

@@ -25,6 +25,13 @@ EXPECTED: dict[str, dict[str, int]] = {
     "optimum-t5": {"Attention": 1, "RMSNormalization": 3, "Softmax": 0},
     "optimum-mpnet": {"Attention": 1, "LayerNormalization": 3, "Gelu": 1, "Softmax": 0},
     "optimum-deberta": {"Attention": 1, "LayerNormalization": 3, "Gelu": 1, "Softmax": 0},
+    "optimum-clip": {"Attention": 2, "Softmax": 0},
+    "optimum-swin": {"Attention": 1, "LayerNormalization": 4, "Gelu": 1, "Softmax": 0},
+    "optimum-convnext": {"LayerNormalization": 2, "Gelu": 1},
+    "optimum-llama-past": {"Attention": 1, "RMSNormalization": 3, "RotaryEmbedding": 2, "Softmax": 0},
+    "optimum-gpt2-past": {"Attention": 1, "LayerNormalization": 3, "Gelu": 1, "Softmax": 0},
+    "optimum-t5-past": {"Attention": 2, "RMSNormalization": 4, "Softmax": 0},
+    "optimum-t5-merged": {"Attention": 4, "RMSNormalization": 8, "Softmax": 0},
 }
 """What must be recognised in each file, and what must not be left."""
 
@@ -125,21 +132,43 @@ def optimum() -> None:
     layer = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 24}
     text = {"vocab_size": 32, "max_position_embeddings": 64}
     relative = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8}
+    both = {"text_config": {**layer, **text, "eos_token_id": 31}}
+    both["vision_config"] = {**layer, "image_size": 32, "patch_size": 16}
     t5 = t.T5Config(d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4, vocab_size=32, decoder_start_token_id=0)
+    swin = t.SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[1], num_heads=[2], window_size=4)
+    convnext = t.ConvNextConfig(hidden_sizes=[8], depths=[1], num_stages=1, image_size=32)
+    gpt2 = t.GPT2Config(n_embd=16, n_layer=1, n_head=4, vocab_size=32, n_positions=64)
+    llama = t.LlamaConfig(**layer, **text, num_key_value_heads=2)
+    features, generation, translation = "feature-extraction", "text-generation-with-past", "text2text-generation"
     models = {
-        "t5": lambda: t.T5ForConditionalGeneration(t5),
-        "mpnet": lambda: t.MPNetModel(t.MPNetConfig(**layer, **text)),
-        "deberta": lambda: t.DebertaV2Model(t.DebertaV2Config(**layer, **text, share_att_key=True, **relative)),
+        "t5": (lambda: t.T5ForConditionalGeneration(t5), translation, "encoder_model"),
+        "mpnet": (lambda: t.MPNetModel(t.MPNetConfig(**layer, **text)), features, "model"),
+        "deberta": (
+            lambda: t.DebertaV2Model(t.DebertaV2Config(**layer, **text, share_att_key=True, **relative)),
+            features,
+            "model",
+        ),
+        "clip": (
+            lambda: t.CLIPModel(t.CLIPConfig(**both, projection_dim=8)),
+            "zero-shot-image-classification",
+            "model",
+        ),
+        "swin": (lambda: t.SwinModel(swin, add_pooling_layer=False), features, "model"),
+        "convnext": (lambda: t.ConvNextModel(convnext), features, "model"),
+        "llama-past": (lambda: t.LlamaForCausalLM(llama), generation, "model"),
+        "gpt2-past": (lambda: t.GPT2LMHeadModel(gpt2), generation, "model"),
+        "t5-past": (lambda: t.T5ForConditionalGeneration(t5), f"{translation}-with-past", "decoder_with_past_model"),
+        "t5-merged": (lambda: t.T5ForConditionalGeneration(t5), f"{translation}-with-past", "decoder_model_merged"),
     }
-    for name, make in models.items():
+    for name, (make, task, file) in models.items():
+        path = FOLDER / f"optimum-{name}.onnx"
+        if path.exists():
+            continue
         torch.manual_seed(0)
         with tempfile.TemporaryDirectory() as folder:
-            task = "text2text-generation" if name == "t5" else "feature-extraction"
             options = {"task": task, "do_validation": False, "no_post_process": False, "opset": 17}
             onnx_export_from_model(make().eval(), output=folder, **options)
-            path = FOLDER / f"optimum-{name}.onnx"
-            made = next(each for each in Path(folder).glob("*.onnx") if "decoder" not in each.name)
-            path.write_bytes(made.read_bytes())
+            path.write_bytes(Path(folder, f"{file}.onnx").read_bytes())
         _strip(path)
 
 
@@ -148,10 +177,15 @@ def _strip(path: Path) -> None:
     import onnx
 
     model = onnx.load(path)
-    for holder in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.input):
-        holder.ClearField("metadata_props")
-        holder.ClearField("doc_string")
-    model.graph.ClearField("value_info")
+    graphs = [model.graph]
+    for graph in graphs:
+        graphs += [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
+        for holder in (graph, *graph.node, *graph.value_info, *graph.input):
+            holder.ClearField("metadata_props")
+            holder.ClearField("doc_string")
+        graph.ClearField("value_info")
+    model.ClearField("metadata_props")
+    model.ClearField("doc_string")
     onnx.save(model, path)
 
 
