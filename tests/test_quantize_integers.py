@@ -122,6 +122,31 @@ def test_every_product_with_codes_is_one_kernel(tmp_path: Path, body: str, bits:
     assert found.count("MatMulNBits") == 1 + len(used) and "DequantizeLinear" not in found, found
 
 
+@pytest.mark.parametrize(
+    "options", [{"bits": 8}, {"bits": 4, "block": 32}, {"bits": 4, "block": 32, "symmetric": False}]
+)
+def test_a_weight_of_several_products_is_stored_once_and_each_is_one_kernel(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """As in models whose layers have all the same weights; the last product is written first."""
+    text = "a = MatMul(x, w) b = Tanh(a) c = MatMul(b, w) d = Tanh(c) y = MatMul(d, w)"
+    model = build(text, "float[1,N,64] x", "float[1,N,64] y", w=normal(64, 64) / 8)
+    weight, last = model.graph.initializers["w"], model.graph[-1]
+    last.replace_input_with(1, model.graph.inputs[0])
+    first = model.graph[0]
+    first.replace_input_with(1, model.graph.inputs[0])
+    for node in (last, first):
+        node.replace_input_with(1, weight)
+    quantized(model, **options)
+    held = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
+    assert sum(tensor.size == 64 * 64 for tensor in held) == 1
+    x = normal(1, 5, 64)
+    plain = run(model, x=x)["y"]
+    found = optimised(model, tmp_path)
+    assert found.count("MatMulNBits") == 3 and not {"DequantizeLinear", "Transpose"} & set(found), found
+    np.testing.assert_allclose(run(model, True, x=x)["y"], plain, atol=0.03 * np.abs(plain).max())
+
+
 def test_a_tied_head_is_one_kernel(tmp_path: Path) -> None:
     for text in ("y = Gemm<transB=1>(h, t)", "k = Transpose(t) p = MatMul(h, k) y = Relu(p)"):
         model = build(f"e = Gather(t, i) h = Sigmoid(e) {text}", "int64[N] i", "float[N,96] y", t=normal(96, 32))

@@ -70,9 +70,13 @@ def dequantized(site: Site, codes: Codes, names: edit.Names) -> None:
         codes = turned
     for node in [use.node for use in site.uses if plain_gemm(use.node) and use.node.inputs[1] is site.value]:
         _as_product(node, site.value, names, flipped=turned is None and bool(edit.attribute(node, "transB", 0)))
-    readers = list(site.value.uses())
     stored = store(site, codes, names)
     graph = home(stored.codes)
+    readers = list(site.value.uses())
+    if len(readers) > 1:
+        place = {node: i for i, node in enumerate(graph)}
+        readers.sort(key=lambda use: place.get(use.node, len(place)))
+    alone = _Alone(stored, names)
     looked_up = codes.granularity.axis == 0 and not codes.granularity.block and codes.grid.dtype.bitwidth == 8
     for node, index in readers:
         if looked_up and node in site.gathers:
@@ -81,7 +85,43 @@ def dequantized(site: Site, codes: Codes, names: edit.Names) -> None:
             _read_flipped(node, stored, codes, names)
         else:
             before = _outermost(node, graph)
-            node.replace_input_with(index, _dequantize(stored.operands, codes.granularity, before, names))
+            operands = stored.operands
+            if node.graph is graph and index == 1 and len(site.shape) == 2 and edit.is_op(node, "MatMul"):
+                operands = alone.operands(before)
+            node.replace_input_with(index, _dequantize(operands, codes.granularity, before, names))
+
+
+class _Alone:
+    """Operands for several products with one weight that ONNX Runtime 1.31 takes for those of several weights.
+
+    It multiplies with codes where nothing else reads them, nor their scales. So each product but the first has copies
+    of the scales, which are small, and reads the codes transposed twice, once more than the one before: that is
+    computed when a session is made, and equal transpositions would be merged.
+    """
+
+    def __init__(self, stored: Stored, names: edit.Names) -> None:
+        self._stored, self._names, self._codes = stored, names, stored.codes
+        self._first = True
+
+    def operands(self, before: ir.Node) -> list[ir.Value]:
+        """Those of the next product, made in front of it."""
+        if self._first:
+            self._first = False
+            return self._stored.operands
+        graph = before.graph
+        assert graph is not None
+        for _ in range(2):
+            shape = None if self._codes.shape is None else ir.Shape(list(self._codes.shape)[::-1])
+            value = ir.Value(name=self._names.fresh(f"{self._stored.codes.name}.T"), type=self._codes.type, shape=shape)
+            node = ir.node("Transpose", [self._codes], {"perm": [1, 0]}, outputs=[value], name=value.name)
+            graph.insert_before(before, node)
+            self._codes = value
+        copies = []
+        for each in self._stored.operands[1:]:
+            held = edit.tensor(each)
+            assert held is not None
+            copies.append(edit.initializer(graph, held, self._names.fresh(each.name or "scale")))
+        return [self._codes, *copies]
 
 
 def _outermost(node: ir.Node, graph: ir.Graph) -> ir.Node:
