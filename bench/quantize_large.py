@@ -2,7 +2,7 @@
 
     python bench/quantize_large.py [VARIANT...]
 
-Results are kept in ``bench/results/quantize_large.json``, a row for each variant; ``quantize_large.md`` is made from it.
+Results are kept in ``bench/results/quantize_large.json``, a row for each variant; ``quantize_large.md`` is made of it.
 """
 
 from __future__ import annotations
