@@ -363,3 +363,23 @@ def test_masks_that_were_added_up_may_be_infinite(padded: bool) -> None:
     wanted, found = run(model, inputs), run(after, inputs)
     for name, array in wanted.items():
         np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-5)
+
+
+def test_scores_that_are_a_matrix_meanwhile() -> None:
+    """As a Softmax of opset 12 is brought to a later one; how many keys there are can be read off no input."""
+    w = Writer()
+    x = w("Slice", w.input("x", "float[B,W,12]"), [0], [99], [1], [2])
+    q, k, v = (
+        w("Transpose", w("Reshape", w("MatMul", x, numbers(12, 8, seed=i)), [0, 0, 2, 4]), perm=(0, 2, 1, 3))
+        for i in range(3)
+    )
+    scores = w("MatMul", q, w("Transpose", k, perm=(0, 1, 3, 2)))
+    weights = w("Reshape", w("Softmax", w("Flatten", scores, axis=3)), w("Shape", scores))
+    mixed = w("MatMul", weights, v)
+    # The size is asked for again, by what has nothing to do with the attention.
+    model = w.model(w("Reshape", mixed, w("Concat", w("Shape", scores, start=0, end=3), [4], axis=0)))
+    after, result = recognised(model)
+    assert result.changes == ["Attention recognised"], result.refusals
+    assert "Softmax" not in operators(after) and operators(after).count("MatMul") == 3
+    inputs = feeds(model, 0, B=2, W=7)
+    np.testing.assert_allclose(run(after, inputs)["y"], run(model, inputs)["y"], rtol=0, atol=1e-5)

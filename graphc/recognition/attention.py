@@ -58,11 +58,18 @@ def recognise(node: ir.Node, rewriter: Rewriter) -> str | None:
             raise Refused("how the weights are reshaped cannot be followed")
         axes = after
     second = products.read(product, graph, (side, axes))
-    done = _Attention(graph, scores, second, side, bool(guards)).replace()
-    for each in measured:
-        asked = _asked(each, graph) if each.graph is not None and each.outputs[0].uses() else None
-        if asked is not None:
-            graph.bypass(each, graph.sizes(each, asked))
+    attention = _Attention(graph, scores, second, side, bool(guards))
+    # What the operator reads is made of these, so that they stay.
+    sources = [attention.places[role][-1].value for role in "qk"]
+    asked = {each: _asked(each, graph) or () for each in measured}
+    if not all(graph.readable(dims, sources) for dims in asked.values()):
+        raise Refused("the scores or the weights of the attention are read elsewhere")
+    done = attention.replace()
+    for each, dims in asked.items():
+        if each.graph is not None and each.outputs[0].uses():
+            whole = each.inputs[0]
+            graph.bypass(each, graph.sizes(each, dims, sources))
+            graph.sweep([whole])
     return done
 
 
@@ -135,12 +142,11 @@ def _only_here(nodes: Sequence[ir.Node], graph: Graph) -> list[ir.Node]:
 
 
 def _asked(shape: ir.Node, graph: Graph) -> Shape | None:
-    """The sizes that a Shape gives, if they can be read from elsewhere."""
+    """The sizes that a Shape gives, if they are known and may be read from elsewhere."""
     dims = graph.dims(shape.inputs[0])
     if dims is None or shape.outputs[0].is_graph_output():
         return None
-    wanted = dims[edit.attribute(shape, "start", 0) : edit.attribute(shape, "end")]
-    return wanted if wanted and graph.readable(wanted) else None
+    return dims[edit.attribute(shape, "start", 0) : edit.attribute(shape, "end")] or None
 
 
 def _measures(node: ir.Node, inside: set[ir.Node], depth: int = 6) -> bool:

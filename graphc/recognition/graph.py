@@ -93,23 +93,23 @@ class Graph(Rewriter):
         """The int64 vector of these numbers, for ``before`` to read."""
         return self.array(before, np.array(numbers, dtype=np.int64), "graphc." + "_".join(map(str, numbers)))
 
-    def readable(self, dims: Shape) -> bool:
-        """Whether each of these sizes is a number, or that of an axis of an input."""
-        return all(isinstance(dim, int) or self._read(dim) is not None for dim in dims)
+    def readable(self, dims: Shape, sources: Sequence[ir.Value] = ()) -> bool:
+        """Whether each of these sizes is a number, or that of an axis of an input or of one of ``sources``."""
+        return all(isinstance(dim, int) or self._read(dim, sources) is not None for dim in dims)
 
-    def _read(self, dim: Dim) -> tuple[ir.Value, int] | None:
-        for value in self.model.graph.inputs:
+    def _read(self, dim: Dim, sources: Sequence[ir.Value]) -> tuple[ir.Value, int] | None:
+        for value in (*self.model.graph.inputs, *sources):
             dims = self.dims(value) or ()
             if dim in dims:
                 return value, dims.index(dim)
         return None
 
-    def sizes(self, before: ir.Node, dims: Shape) -> ir.Value:
+    def sizes(self, before: ir.Node, dims: Shape, sources: Sequence[ir.Value] = ()) -> ir.Value:
         """These sizes, for which ``readable`` holds, as an int64 vector for ``before`` to read."""
         parts = []
         like = self.ints(before, [1])
         for dim in dims:
-            place = None if isinstance(dim, int) else self._read(dim)
+            place = None if isinstance(dim, int) else self._read(dim, sources)
             if place is None:
                 parts.append(self.ints(before, [int(dim)]))  # type: ignore[arg-type]
                 continue

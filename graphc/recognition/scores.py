@@ -25,6 +25,7 @@ _PASSED = (
     "Tanh",
     "Cast",
     "Reshape",
+    "Flatten",
     "Transpose",
     "Squeeze",
     "Unsqueeze",
