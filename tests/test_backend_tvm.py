@@ -235,6 +235,21 @@ def test_ragged_tiles_of_a_picture_are_right(tvm: Any, tmp_path: Path) -> None:
     assert verdict.checked and verdict.ok, verdict.why
 
 
+@pytest.mark.parametrize("columns", [13, 31, 48])
+def test_columns_that_fill_no_vector_are_right(columns: int, tvm: Any, tmp_path: Path) -> None:
+    """Blocks of weights are filled up with zeros; what is made of those goes nowhere."""
+    body = "a = Conv<pads: ints = [1,1,1,1]>(x, w, b)\n c = Relu(a)\n y = MatMul(c, v)"
+    model = text(body, "(float[1,3,7,9] x) => (float y)")
+    own = {v.name: v for v in (weight("w", columns, 3, 3, 3), weight("b", columns), weight("v", 9, columns, seed=1))}
+    model.graph.initializers.update(own)
+    for node in model.graph:
+        for i, value in enumerate(node.inputs):
+            if value is not None and value.name in own:
+                node.replace_input_with(i, own[value.name])
+    verdict = compiled.compare(model, build(model.clone(), tmp_path / "out"))
+    assert verdict.checked and verdict.ok, verdict.why
+
+
 def test_packed_weights_are_unpacked(tvm: Any, tmp_path: Path) -> None:
     codes = ir.tensor(np.arange(-8, 8, dtype=np.int8).reshape(4, 4), name="q").numpy()
     model = text("a = DequantizeLinear<axis: int = 1>(q, s)\n y = MatMul(x, a)", "(float[3,4] x) => (float y)")

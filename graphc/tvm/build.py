@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from graphc.errors import BadInput
-from graphc.tvm import install
+from graphc.tvm import blocked, functions, install
 from graphc.tvm.importer import WEIGHT
+from graphc.tvm.nest import Machine
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -65,9 +66,16 @@ def prepare(module: Any, target: Any) -> Any:
         tvm.transform.module_pass(lambda mod, context: _unstacked(mod), opt_level=0, name="Unstack"),
     ]
     layout = [relax.transform.ConvertLayout({"relax.nn.conv2d": ["NHWC", "HWIO"]}), relax.transform.Normalize()]
+    cpu = target.kind.name == "llvm"
+    if cpu:
+        functions.register()
+    lanes = Machine.of(target).lanes if cpu else 0
+    pack = tvm.transform.module_pass(lambda mod, context: blocked.blocked(mod, lanes), opt_level=0, name="BlockWeights")
+    packs = [pack] if cpu else []
     passes = [
         tvm.transform.module_pass(lambda mod, context: _transposed(mod), opt_level=0, name="TransposeWeights"),
         relax.transform.FoldConstant(),
+        *packs,
         relax.transform.LegalizeOps(),
         relax.transform.AnnotateTIROpPattern(),
         relax.transform.FoldConstant(),
@@ -77,7 +85,7 @@ def prepare(module: Any, target: Any) -> Any:
     ]
     with target, _explained(target):
         module = tvm.transform.Sequential(first)(module)
-        if target.kind.name == "llvm":
+        if cpu:
             # With channels last, every operator's innermost axis is contiguous. TVM cannot convert every graph.
             with contextlib.suppress(Exception):
                 module = tvm.transform.Sequential(layout)(module)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
 from graphc.tvm.nest import SERIAL, Choice, Machine, Nest, NotThis, decompose, inline, vector_axis
+
+_LONG = frozenset({"erf", "exp", "log", "pow", "sigmoid", "tanh"})
+"""Functions that take many operations."""
 
 
 def choices(function: Any, machine: Machine) -> list[Choice]:
@@ -51,8 +55,8 @@ def tile(rows: int, columns: int, machine: Machine) -> tuple[int, int]:
     """How many rows and columns of a product to compute in registers.
 
     For ``m`` rows and ``v`` vectors a step of the reduction does ``m * v`` products for ``m + v`` loads; ``m * v``
-    sums, ``v`` operands and one broadcast must fit into the registers. What does not divide the product evenly is worse
-    than any tile that does.
+    sums, ``v`` operands and one broadcast must fit into the registers. Rows that are left over get loops of their own;
+    columns that are left over make every tile slow.
     """
     best, choice = -1.0, (1, columns)
     widths = [k * machine.lanes for k in (1, 2, 4, 8)] + ([columns] if columns < machine.lanes else [])
@@ -64,7 +68,7 @@ def tile(rows: int, columns: int, machine: Machine) -> tuple[int, int]:
             if height * vectors + vectors + 1 > machine.registers:
                 break
             waste = (rows / (-(-rows // height) * height)) * (columns / (-(-columns // width) * width))
-            ragged = 0.8 if rows % height else 1.0
+            ragged = 0.95 if rows % height else 1.0
             ragged *= 0.5 if columns % width else 1.0
             score = height * vectors / (height + vectors) * min(height * vectors, 8) / 8 * waste * ragged
             if score > best:
@@ -85,7 +89,7 @@ def contraction(nest: Nest, block: Any) -> set[str]:
     shared = [i for i in others if i in nest.axes(block, stored.reads[wide])]
     rows = [i for i in others if i not in shared]
     summed = [i for i, k in enumerate(kinds) if k == "R"]
-    packs = _can_pack(nest, block, wide, vector)
+    in_blocks, packs = _is_blocked(nest, block, wide, vector), _can_pack(nest, block, wide, vector)
     columns, count = extents[vector], math.prod(extents[i] for i in rows)
     batch = math.prod(extents[i] for i in shared)
     flat = _flat(nest, block, shared, rows, vector, summed)
@@ -101,29 +105,56 @@ def contraction(nest: Nest, block: Any) -> set[str]:
     # Parts of equal size: what is left over would need a test in the innermost loop.
     parts = next((p for p in range(parts, min(tiles, 2 * parts) + 1) if tiles % p == 0), 1)
     chunks, outer_row = nest.split(outer_row, tiles // parts)
-    work.reorder(*outer, chunks, outer_column, outer_row, *steps, tile_row, tile_column)
+    vectors = width % machine.lanes == 0
+    several = [tile_column]
+    if vectors and width > machine.lanes and in_blocks:
+        several = list(nest.split(tile_column, machine.lanes))
+    work.reorder(*outer, chunks, outer_column, outer_row, *steps, tile_row, *several)
     start = work.fuse(*outer, chunks, outer_column)
     # What follows is computed on the tile, while it is in registers.
     cache = work.cache_write(block, 0, "local")
     while readers := work.get_consumers(cache):
         if len(readers) != 1 or nest.is_reduction(readers[0]):
             break
+        # Of a reader that leaves columns out, TVM would write all of them.
+        if math.prod(nest.extents(readers[0])) != math.prod(nest.extents(cache)):
+            break
         done.add(work.get(readers[0]).name_hint)
         work.reverse_compute_inline(readers[0])
     work.transform_layout(block, ("write", 0), flat)
     work.transform_block_layout(cache, flat)
     work.reverse_compute_at(cache, outer_row, preserve_unit_loops=True)
-    vectors = width % machine.lanes == 0
+    *_, stored_row, stored_column = work.get_loops(cache)
     if vectors:
-        work.vectorize(work.get_loops(cache)[-1])
+        # As wide as the sums were made: registers are found for what is accessed in one way only.
+        stored_several = list(nest.split(stored_column, machine.lanes)) if len(several) > 1 else [stored_column]
+        # A long computation stays a loop, or its many copies would be in each other's way.
+        for loop in () if _calls(nest, cache) else (stored_row, *stored_several[:-1]):
+            work.unroll(loop)
+        work.vectorize(stored_several[-1])
     if nest.choice.pack and packs and tiles >= 4 and (packs == "scattered" or columns > width):
         packed = work.cache_read(block, wide, "global")
         work.compute_at(packed, start, preserve_unit_loops=True)
         _pack(nest, packed, block, wide, len(shared) + 1)
     if batch * count * columns * math.prod(extents[i] for i in summed) > SERIAL:
         work.parallel(start)
-    decompose(nest, block, steps[0], unroll=tile_row, vector=tile_column if vectors else None)
+    if count % height:
+        # The last tile gets loops of its own, so that the others need no test.
+        work.annotate(outer_row, "pragma_loop_partition_hint", True)
+    decompose(nest, block, steps[0], unroll=[tile_row, *several[:-1]], vector=several[-1] if vectors else None)
     return done
+
+
+def _calls(nest: Nest, block: Any) -> bool:
+    """Whether a block computes a function such as an exponential."""
+    from tvm.ir import Call
+
+    tvm_ffi: Any = importlib.import_module("tvm_ffi")
+    found: set[str] = set()
+    tvm_ffi.structural_walk(
+        nest.work.get(block).body, (Call, lambda call: found.add(str(getattr(call.op, "name", ""))))
+    )
+    return any(name.rpartition(".")[2] in _LONG for name in found)
 
 
 def _flat(nest: Nest, block: Any, shared: list[int], rows: list[int], vector: int, summed: list[int]) -> Any:
@@ -159,10 +190,16 @@ def _flat(nest: Nest, block: Any, shared: list[int], rows: list[int], vector: in
     return IndexMap.from_func(result, len(spatial), index_dtype="int64")
 
 
+def _is_blocked(nest: Nest, block: Any, wide: int, vector: int) -> bool:
+    """Whether the vector operand lies in blocks of columns already."""
+    read = nest.work.get(block).reads[wide]
+    return sum(vector in nest.used(block, part.min) for part in read.region) > 1
+
+
 def _can_pack(nest: Nest, block: Any, wide: int, vector: int) -> str:
     """Whether the vector operand can be copied next to each other for a tile's columns, and how it lies now."""
     read = nest.work.get(block).reads[wide]
-    if any(len(nest.used(block, part.min)) > 1 for part in read.region):
+    if any(len(nest.used(block, part.min)) > 1 for part in read.region) or _is_blocked(nest, block, wide, vector):
         return ""
     return "together" if nest.used(block, read.region[-1].min) == {vector} else "scattered"
 

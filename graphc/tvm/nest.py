@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,12 +116,12 @@ def vector_axis(nest: Nest, block: Any) -> int:
     return spatial[-1] if spatial else -1
 
 
-def decompose(nest: Nest, block: Any, step: Any, *, unroll: Any = None, vector: Any = None) -> None:
+def decompose(nest: Nest, block: Any, step: Any, *, unroll: Sequence[Any] = (), vector: Any = None) -> None:
     """Set the sums of a reduction to zero before the first step; its inner loops become straight code and vectors."""
     work = nest.work
     # Once its start is split off, a reduction's loops can no longer be changed.
-    if unroll is not None:
-        work.unroll(unroll)
+    for loop in unroll:
+        work.unroll(loop)
     if vector is not None:
         work.vectorize(vector)
     init = work.decompose_reduction(block, step)

@@ -33,7 +33,7 @@ HOPELESS = 1.5
 """Times the best so far at which the first runs of a choice end its measurement."""
 
 
-RULES = ("nest.py", "schedule.py", "contraction.py", "folds.py")
+RULES = ("blocked.py", "contraction.py", "folds.py", "functions.py", "nest.py", "schedule.py")
 """The files on which a choice's loops depend."""
 
 
