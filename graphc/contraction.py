@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from graphc import edit
 from graphc.edit import Array, attribute
-from graphc.stats import GradientGramOf, GramOf, MomentsOf, Rows, Window
+from graphc.stats import GradientGramOf, GramOf, GuidedGramOf, MomentsOf, Rows, Window
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,13 @@ class Contraction:
         """The request for the Gram matrix of the loss's gradient by the output's channels."""
         rows = Rows(**{**vars(self.rows), "window": None, "axis": self.output_axis})
         return GradientGramOf(self.node.outputs[0].name or "", rows)
+
+    @property
+    def guided_gram(self) -> GuidedGramOf | None:
+        """The request for the Gram matrix of the rows by what the loss makes of each; None but for plain matrices."""
+        if self.rows.window is not None or self.rows.grouped:
+            return None
+        return GuidedGramOf(self._name, self.node.outputs[0].name or "", self.rows.axis, self.output_axis)
 
     @property
     def _name(self) -> str:

@@ -35,6 +35,11 @@ class Options(Pass):
     damp: float = option(
         0.01, "For rounding=gptq: what is added to the Gram matrix's diagonal, as a part of its mean.", above=0
     )
+    guide: Literal["inputs", "loss"] = option(
+        "inputs",
+        "For rounding=gptq and awp: inputs: all rows that a matrix multiplies count alike; loss: each by the squared "
+        "gradient of the loss by what becomes of it, which needs torch.",
+    )
     sequential: bool = option(False, "For rounding=gptq: collect each layer's inputs from quantized layers before it.")
     scaling: Literal["none", "smooth", "awq", "channels"] = option(
         "none",

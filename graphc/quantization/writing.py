@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from graphc import edit
 from graphc.contract import Context, PassResult
+from graphc.contraction import Contraction
 from graphc.edit import Array
 from graphc.quantization import activations, correction, dynamic, guard, rounding, static, store
 from graphc.quantization.allocation import Way
@@ -20,7 +21,7 @@ from graphc.quantization.rounding import Codes
 from graphc.quantization.sites import Site
 from graphc.quantization.ways import integers
 from graphc.runtime import pairs
-from graphc.stats import RangeOf, Request
+from graphc.stats import Gram, RangeOf, Request
 
 SHORT = 4
 """Inputs of an output from which the later ones can make up for what GPTQ does to the earlier."""
@@ -111,10 +112,15 @@ def _stages(options: Options, chosen: Sequence[tuple[Site, Way]]) -> list[list[t
 def _statistics(
     options: Options, model: ir.Model, stage: Sequence[tuple[Site, Way]], ctx: Context
 ) -> Mapping[Any, Any]:
-    wanted: set[Request[Any]] = {use.gram for site, _ in stage if _swept(options, site) for use in site.uses}
+    wanted: set[Request[Any]] = {_gram(options, use) for site, _ in stage if _swept(options, site) for use in site.uses}
     if options.correct:
         wanted |= {use.patches for site, _ in stage if correction.possible(site) for use in site.uses}
     return ctx.collect(model, wanted) if wanted else {}
+
+
+def _gram(options: Options, use: Contraction) -> Request[Gram]:
+    """The Gram matrix by which a layer is rounded."""
+    return (use.guided_gram if options.guide == "loss" else None) or use.gram
 
 
 def _swept(options: Options, site: Site) -> bool:
@@ -150,7 +156,7 @@ def _codes(options: Options, site: Site, way: Way, statistics: Mapping[Any, Any]
     clip = options.clip == "mse"
     if not _swept(options, site):
         return rounding.nearest(site.held, grid, granularity, clip=clip, least=least)
-    gram = np.asarray(sum(_matrices(statistics[use.gram].products) for use in site.uses))
+    gram = np.asarray(sum(_matrices(statistics[_gram(options, use)].products) for use in site.uses))
     how: dict[str, Any] = {"clip": clip, "order": options.order, "damp": options.damp, "least": least}
     how["steps"] = STEPS if options.rounding == "awp" else 0
     return rounding.gptq(site.held, site.uses[0], gram, grid, granularity, **how)

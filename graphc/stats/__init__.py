@@ -7,7 +7,7 @@ it may ask for more with ``Context.collect``.
 from graphc.stats.base import Request, Statistic, Statistics, Valid
 from graphc.stats.collector import Collector, padding_mask, with_outputs
 from graphc.stats.counts import Counts, CountsOf
-from graphc.stats.gradients import GradientGramOf, Gradients, GradientsOf
+from graphc.stats.gradients import GradientGramOf, Gradients, GradientsOf, GuidedGramOf
 from graphc.stats.gram import Cross, CrossOf, Gram, GramOf
 from graphc.stats.moments import Moments, MomentsOf
 from graphc.stats.range import Range, RangeOf
@@ -26,6 +26,7 @@ __all__ = [
     "GradientsOf",
     "Gram",
     "GramOf",
+    "GuidedGramOf",
     "Moments",
     "MomentsOf",
     "Range",

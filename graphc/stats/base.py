@@ -71,6 +71,11 @@ class Valid:
         return np.broadcast_to(mask, shape).reshape(-1)
 
 
+def itself(name: str) -> str:
+    """What a value is called among gradients, which are called as their values."""
+    return f"\0{name}"
+
+
 @dataclass(frozen=True)
 class Request(abc.ABC, Generic[S]):
     """Something to be collected over the calibration data.
@@ -87,12 +92,20 @@ class Request(abc.ABC, Generic[S]):
     def values(self) -> tuple[str, ...]:
         """The names of the values that are looked at, in the order of :meth:`of`."""
 
+    def given(self) -> tuple[str, ...]:
+        """With ``backward``: those among :meth:`values` that are wanted themselves, not the gradients by them."""
+        return ()
+
+    def named(self) -> tuple[str, ...]:
+        """What each of :meth:`values` is called where values are held together with gradients."""
+        return tuple(itself(name) if name in self.given() else name for name in self.values())
+
     @abc.abstractmethod
     def of(self, arrays: Sequence[Array], valid: Valid) -> S:
         """The statistic of one sample.
 
         Args:
-            arrays: The values, or with ``backward`` the loss's gradients by them.
+            arrays: The values, or with ``backward`` the loss's gradients by them, but for those :meth:`given`.
             valid: Which positions count.
 
         Raises:

@@ -135,7 +135,7 @@ class Collector:
             valid = Valid(sample[mask].astype(bool) if mask in sample else None)
             for request in requests:
                 try:
-                    made = request.of([found[name] for name in request.values()], valid)
+                    made = request.of([found[name] for name in request.named()], valid)
                 except ValueError as error:
                     raise BadInput(
                         "statistics cannot be collected", where=f"sample {i} of the calibration data", why=str(error)
@@ -174,11 +174,12 @@ class Collector:
         return run
 
     def _backward(self, model: ir.Model, requests: Sequence[Request[Any]]) -> Callable[[int], dict[str, Array]]:
-        """A function that runs one sample forward and back and gives the gradients by the values."""
+        """A function that runs a sample forward and back: gradients by values, and values that are asked for."""
         from graphc.stats.loss import Loss
 
-        wanted = list(dict.fromkeys(name for request in requests for name in request.values()))
-        loss: Loss = Loss(model, wanted)
+        given = dict.fromkeys(name for request in requests for name in request.given())
+        wanted = dict.fromkeys(n for request in requests for n in request.values() if n not in request.given())
+        loss: Loss = Loss(model, list(wanted), list(given))
         return lambda i: loss.gradients(self.samples[i], self.labels[i] if len(self.labels) else None)
 
     def _scratch(self) -> Store:

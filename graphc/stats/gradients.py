@@ -9,7 +9,7 @@ import numpy as np
 
 from graphc.stats.base import Array, Request, Statistic, Valid
 from graphc.stats.gram import Gram, GramOf
-from graphc.stats.rows import PLAIN, Rows
+from graphc.stats.rows import PLAIN, Rows, finite
 
 
 @dataclass
@@ -84,3 +84,45 @@ class GradientGramOf(Request[Gram]):
 
     def nbytes(self, sizes: Sequence[Sequence[int | None]]) -> int:
         return GramOf(self.value, self.rows).nbytes(sizes)
+
+
+@dataclass(frozen=True)
+class GuidedGramOf(Request[Gram]):
+    """The Gram matrix of what a product reads, each row as heavy as the loss is steep in what is made of it.
+
+    With the mean square ``s`` of the loss's gradient by a row's outputs, ``sum of s x xT``: what errors of a weight do
+    to the loss, to second order, if the outputs of a row count alike (GuidedQuant, Kim et al. 2025, with one group).
+
+    Attributes:
+        value: What is read.
+        output: What is made of it.
+        axis, output_axis: The axes of the channels; all others are rows, the same in both.
+    """
+
+    statistic = Gram
+    backward = True
+
+    value: str
+    output: str
+    axis: int = -1
+    output_axis: int = -1
+
+    def values(self) -> tuple[str, ...]:
+        return (self.value, self.output)
+
+    def given(self) -> tuple[str, ...]:
+        return (self.value,)
+
+    def of(self, arrays: Sequence[Array], valid: Valid) -> Gram:
+        x = np.moveaxis(finite(arrays[0], self.value), self.axis, -1)
+        slope = np.moveaxis(finite(arrays[1], self.output), self.output_axis, -1)
+        if x.shape[:-1] != slope.shape[:-1]:
+            raise ValueError(f"'{self.value}' has shape {x.shape} and '{self.output}' {slope.shape}")
+        # The loss is a mean over rows: their number makes the squares independent of how many there are.
+        weight = np.sqrt(np.square(slope, dtype=np.float64).mean(axis=-1)) * (x.size // x.shape[-1])
+        rows = (x * weight[..., None]).reshape(-1, x.shape[-1]).astype(x.dtype)
+        keep = valid.rows(x.shape[:-1])
+        return Gram.of(rows if keep is None else rows[keep])
+
+    def nbytes(self, sizes: Sequence[Sequence[int | None]]) -> int:
+        return 8 * Rows(axis=self.axis).width(sizes[0]) ** 2

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from graphc.contract import Arrays
 from graphc.errors import BadInput
-from graphc.stats.base import Array
+from graphc.stats.base import Array, itself
 
 
 class Loss:
@@ -23,12 +23,13 @@ class Loss:
     Args:
         model: The model; it is not changed.
         names: Constants and values by which gradients are wanted.
+        given: Values that are wanted themselves.
 
     Raises:
         BadInput: torch is missing or has no form of an operator; or there is no way from a value to the outputs.
     """
 
-    def __init__(self, model: ir.Model, names: Sequence[str]) -> None:
+    def __init__(self, model: ir.Model, names: Sequence[str], given: Sequence[str] = ()) -> None:
         from graphc.fx import to_torch
 
         self._outputs = [v.name or "" for v in model.graph.outputs]
@@ -36,7 +37,9 @@ class Loss:
         made = {v.name or "": v for node in clone.graph for v in node.outputs}
         constants = {*clone.graph.initializers} - {v.name for v in clone.graph.inputs}
         self._values = [n for n in names if n in made and n not in constants]
-        clone.graph.outputs.extend(made[n] for n in self._values if n not in self._outputs)
+        self._given = list(given)
+        tapped = dict.fromkeys([*self._values, *(n for n in given if n in made)])
+        clone.graph.outputs.extend(made[n] for n in tapped if n not in self._outputs)
         self._module = to_torch(clone)
         self._module.eval()
         held = {**dict(self._module.named_buffers()), **dict(self._module.named_parameters())}
@@ -52,7 +55,10 @@ class Loss:
         self._arguments: dict[str, str] = self._module.meta["inputs"]
 
     def gradients(self, sample: Arrays, labels: Array | None) -> dict[str, Array]:
-        """The gradients of one sample's loss by each name; for a value of integers, the value."""
+        """The gradients of one sample's loss by each name; for a value of integers, the value.
+
+        Values that are wanted themselves are called as :func:`graphc.stats.base.itself` has it.
+        """
         import torch
 
         given = {key: torch.from_numpy(np.ascontiguousarray(sample[name])) for key, name in self._arguments.items()}
@@ -64,6 +70,8 @@ class Loss:
         result = {n: t.detach().numpy() for n, t in wanted.items() if n not in moving}
         for (name, tensor), gradient in zip(moving.items(), made, strict=True):
             result[name] = (torch.zeros_like(tensor) if gradient is None else gradient).detach().float().numpy()
+        for name in self._given:
+            result[itself(name)] = found[name].detach().float().numpy() if name in found else sample[name]
         return result
 
     def _of(self, outputs: dict[str, Any], sample: Arrays, labels: Array | None) -> Any:
