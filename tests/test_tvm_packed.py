@@ -148,6 +148,43 @@ def test_what_reads_a_weight(reader: str, tmp_path: Path) -> None:
     assert size < 64 * 64 if wanted else size >= 4 * 64 * 64
 
 
+@pytest.mark.parametrize(("bits", "signed", "zeros"), [(4, True, False), (8, False, True), (2, True, False)])
+def test_the_expressions_for_other_targets_say_the_same(bits: int, signed: bool, zeros: bool) -> None:
+    """What CUDA code is made of, here compiled for this processor."""
+    import tvm
+    from tvm import relax
+
+    from graphc.tvm import targets
+    from graphc.tvm.kernels import packed as kernels
+
+    rng = np.random.default_rng(0)
+    layout = kernels.Layout(16, 64, bits, 32, signed, zeros, lanes=1)
+    low, high = (-(1 << bits - 1), 1 << bits - 1) if signed else (0, 1 << bits)
+    codes = rng.integers(low, high, (16, 64))
+    parts = (codes & ((1 << bits) - 1)).reshape(16, -1, layout.per).astype(np.uint32)
+    words = sum(parts[..., i] << np.uint32(bits * i) for i in range(layout.per)).astype(np.uint32).view(np.int32)
+    scales = rng.random((16, 2)).astype(np.float32)
+    points = rng.integers(low, high, (16, 2)).astype(np.float32) if zeros else np.zeros((16, 2), np.float32)
+    dense = ((codes - np.repeat(points, 32, 1)) * np.repeat(scales, 32, 1)).astype(np.float32)
+    held = [words, scales, *([points] if zeros else [])]
+    x, index = rng.standard_normal((3, 64)).astype(np.float32), np.array([3, -1], np.int64)
+    cases = [
+        (kernels.computed_row(layout), x[:1], x[:1] @ dense.T),
+        (kernels.computed_numbers(layout), x, dense),
+        (kernels.computed_lookup(layout), index, dense[index]),
+    ]
+    for expression, first, wanted in cases:
+        arrays = [first, *(array[..., None] for array in held)]
+        builder = relax.BlockBuilder()
+        variables = [relax.Var(f"v{i}", relax.TensorType(a.shape, str(a.dtype))) for i, a in enumerate(arrays)]
+        with builder.function("main", variables):
+            builder.emit_func_output(builder.emit_te(expression, *variables))
+        built = tvm.compile(builder.finalize(), target=targets.resolve("x86-64-v3", 1))
+        machine = relax.VirtualMachine(built, tvm.cpu())
+        found = machine["main"](*(tvm.runtime.tensor(array) for array in arrays)).numpy()
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_what_quantize_writes_stays_packed(tmp_path: Path) -> None:
     """A table whose rows are looked up as codes, a head tied to it, a Gemm, and a convolution, which reads floats."""

@@ -48,6 +48,8 @@ def to_relax(model: ir.Model, target: Any) -> Any:
             warnings.simplefilter("ignore")
             with own.known(target):
                 module = from_onnx(proto, keep_params_in_input=False)
+    except BadInput:
+        raise
     except Exception as error:  # it raises whatever happens inside
         last = str(error).strip().splitlines() or [type(error).__name__]
         where = said.getvalue().partition(", with inputs")[0].removeprefix("Error converting operator ")

@@ -89,8 +89,12 @@ def _product(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any],
         function = packed_kernels.product(rows, layout, Machine.of(target))
         y = _call(builder, "packed_product", function, [x, *weight], (rows, layout.outputs))
         y = y if dtype == "float32" else builder.emit(relax.op.astype(y, dtype))
+    elif rows == 1:
+        y = builder.emit_te(packed_kernels.computed_row(layout), x, *weight, primfunc_name_hint="packed_row")
     else:
-        y = builder.emit_te(packed_kernels.computed_product(layout), x, *weight, primfunc_name_hint="packed_product")
+        numbers = packed_kernels.computed_numbers(layout)
+        dense = builder.emit_te(numbers, x, *weight, primfunc_name_hint="packed_numbers")
+        y = builder.emit_te(packed_kernels.computed_product, x, dense, primfunc_name_hint="dense_product")
     return builder.emit(relax.op.reshape(y, (*outer, layout.outputs)))
 
 

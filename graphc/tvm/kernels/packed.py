@@ -221,20 +221,41 @@ def lookup(count: int, dtype: str, layout: Layout) -> Any:
     return kernel(arguments, body)
 
 
-def computed_product(layout: Layout) -> Any:
-    """:func:`product` as an expression of its operands, for targets with schedules of their own.
+def computed_row(layout: Layout) -> Any:
+    """:func:`product` of one row as an expression of its operands, for targets with schedules of their own.
 
-    The product is in the dtype of ``x``. Panels have one output each.
+    The result has the dtype of ``x``; sums are float32. Panels have one output each.
     """
     from tvm import te
 
     def write(x: Any, words: Any, scales: Any, *zeros: Any) -> Any:
-        numbers = _computed(layout, words, scales, zeros, str(x.dtype))
+        numbers = _computed(layout, words, scales, zeros, "float32")
         k = te.reduce_axis((0, layout.depth), "k")
-        shape = (x.shape[0], layout.outputs)
-        return te.compute(shape, lambda i, j: te.sum(x[i, k] * numbers[j, k], axis=k), "product")
+        shape, dtype = (1, layout.outputs), str(x.dtype)
+        product = te.compute(shape, lambda i, j: te.sum(x[i, k].astype("float32") * numbers[j, k], axis=k), "product")
+        return te.compute(shape, lambda i, j: product[i, j].astype(dtype), "rounded")
 
     return write
+
+
+def computed_numbers(layout: Layout) -> Any:
+    """The dequantized weight ``(outputs, depth)`` as an expression, in the dtype of ``x``.
+
+    ``x`` is an operand so that TVM does not take the weight for a constant, and compute it at once.
+    """
+
+    def write(x: Any, words: Any, scales: Any, *zeros: Any) -> Any:
+        return _computed(layout, words, scales, zeros, str(x.dtype))
+
+    return write
+
+
+def computed_product(x: Any, numbers: Any) -> Any:
+    """``x @ numbers.T`` as an expression, in the form that tensor cores take."""
+    from tvm import te
+
+    k = te.reduce_axis((0, x.shape[1]), "k")
+    return te.compute((x.shape[0], numbers.shape[0]), lambda i, j: te.sum(x[i, k] * numbers[j, k], axis=k), "product")
 
 
 def computed_lookup(layout: Layout) -> Any:
@@ -258,12 +279,13 @@ def _computed(layout: Layout, words: Any, scales: Any, zeros: Any, dtype: str) -
     from tvm import te, tirx
 
     def number(n: Any, k: Any) -> Any:
-        word, place = words[n, k // layout.per, 0], (k % layout.per).astype("int32")
+        # Unsigned: TVM may make signed ones wider, and what is shifted out of 32 bits would come back.
+        word, place = words[n, k // layout.per, 0].astype("uint32"), (k % layout.per).astype("uint32")
+        low = (word >> (place * tirx.const(layout.bits, "uint32"))) & tirx.const((1 << layout.bits) - 1, "uint32")
+        value = low.astype("float32")
         if layout.signed:
-            code = (word << (WORD - layout.bits - place * layout.bits)) >> (WORD - layout.bits)
-        else:
-            code = (word >> (place * layout.bits)) & tirx.const((1 << layout.bits) - 1, "int32")
-        value = code.astype("float32")
+            top = tirx.const(1 << (layout.bits - 1), "uint32")
+            value = (low ^ top).astype("float32") - tirx.const(float(1 << (layout.bits - 1)), "float32")
         value = value - zeros[0][n, k // layout.block, 0] if zeros else value
         return (value * scales[n, k // layout.block, 0]).astype(dtype)
 
