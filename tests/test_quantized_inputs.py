@@ -8,10 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 from graphc import edit, pipeline, runtime
+from graphc.axes.groups import analyse
+from graphc.known import Knowledge
 from graphc.model import load
+from graphc.pruning.silence import silent
+from graphc.pruning.sites import Site
 from graphc.report import Report
 
 DATA = Path(__file__).parent / "data"
@@ -87,6 +92,48 @@ def test_pruning_takes_what_shrink_can_remove(made: Path, name: str) -> None:
     else:
         assert not prune.changes, "units whose zeros are not seen are not written dead"
         assert any("in integers: shrink could not cut it" in refusal.reason for refusal in prune.refusals)
+
+
+def test_heads_with_packed_codes_are_written_dead_by_their_scales_and_removed(made: Path) -> None:
+    """A code that is 0 does not stand for 0: codes stay, and scales are zero."""
+    source = made / "tiny_mixtral_bytes-nbits.onnx"
+    report = optimised(source, "simplify,fuse,recognise,prune{ratio=0.25 kinds=[head] criterion=l2},shrink")
+    prune, shrink = report.passes[-2:]
+    assert any(change.startswith("head written dead") for change in prune.changes)
+    assert any(change.startswith("head removed") for change in shrink.changes), shrink
+    assert report.output["parameters"] < report.input["parameters"]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_outputs_whose_scales_are_zero_are_known_to_be_their_bias(bias: bool) -> None:
+    rng = np.random.default_rng(0)
+    weights = {
+        "w": rng.integers(0, 256, (6, 2, 8)).astype(np.uint8),
+        "s": (rng.normal(size=(6, 2)) * (np.arange(6) != 4)[:, None] * [1, 0]).astype(np.float32),
+        "b": rng.normal(size=6).astype(np.float32),
+    }
+    inputs = ["x", "w", "s"] + (["", "", "b"] if bias else [])
+    node = onnx.helper.make_node("MatMulNBits", inputs, ["y"], domain="com.microsoft", K=32, N=6, bits=4, block_size=16)
+    graph = onnx.helper.make_graph(
+        [node],
+        "g",
+        [onnx.helper.make_tensor_value_info("x", 1, ["n", 32])],
+        [onnx.helper.make_tensor_value_info("y", 1, ["n", 6])],
+        [onnx.numpy_helper.from_array(array, name) for name, array in weights.items() if name in inputs],
+    )
+    domains = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = ir.from_proto(onnx.helper.make_model(graph, opset_imports=domains, ir_version=10))
+    known = Knowledge(model, analyse(model).trace)
+    (facet,) = known(model.graph.outputs[0])
+    want = np.full((1, 6), np.nan)
+    want[0, 4] = weights["b"][4] if bias else 0
+    np.testing.assert_array_equal(facet, want)
+    (made_,) = edit.nodes(model)
+    x = model.graph.inputs[0]
+    quiet = silent(made_, Site(made_, x, 1, "summed"), known)
+    np.testing.assert_array_equal(quiet.reshape(-1), np.arange(32) >= 16)
+    got = runtime.session(model, optimise=False, threads=1).run({"x": np.ones((2, 32), np.float32)})["y"]
+    np.testing.assert_allclose(got[:, 4], want[0, 4])
 
 
 def test_a_recurrent_layer_with_one_zero_point_for_both_weights(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ CARRIES = {
     "BatchNormalization": (3, 4),
     "QuantizeLinear": (1, 2),
     "DequantizeLinear": (1, 2),
+    "MatMulNBits": (1, 3),
     "RotaryEmbedding": (1, 2, 3),
     "Clip": (1, 2),
 }

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from graphc.edit import attribute
+from graphc import edit
+from graphc.edit import Array, attribute
 from graphc.known.elementwise import added
 from graphc.known.facets import NOTHING, Facets, collapse, contract, elementwise, tidy
 from graphc.known.knowledge import Knowledge
@@ -42,6 +43,29 @@ def _matmul(node: ir.Node, known: Knowledge) -> Sequence[Facets]:
     result = contract(a, b, (left, right, out), {"k": sa[left.index("k")]})
     alpha = attribute(node, "alpha", 1.0)
     return [tuple(f * alpha for f in result)]
+
+
+def empty_blocks(node: ir.Node, known: Knowledge) -> Array | None:
+    """The blocks of a MatMulNBits whose scales are zero, ``(outputs, blocks)``; None if there is none.
+
+    What its codes are does not matter then; and a code that is 0 does not stand for 0.
+    """
+    scale, held = node.inputs[2], edit.tensor(node.inputs[2])
+    dead = known.zeros(scale) if scale is not None and held is not None else None
+    if dead is None or held is None:
+        return None
+    return np.broadcast_to(dead, tuple(held.shape.numpy())).reshape(int(attribute(node, "N", 0)), -1)
+
+
+@rule("MatMulNBits")
+def _packed(node: ir.Node, known: Knowledge) -> Sequence[Facets]:
+    empty, shape = empty_blocks(node, known), known.shape(node.inputs[0])
+    if empty is None or shape is None:
+        return ()
+    found = np.where(empty.all(axis=1), 0.0, np.nan).reshape(*(1,) * (len(shape) - 1), -1)
+    if operand(node, 5) is None:
+        return [tidy([found])]
+    return [elementwise(lambda x, c: x + c, [(found,), known(node.inputs[5])], len(shape))]
 
 
 @rule("Gemm")

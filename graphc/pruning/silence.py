@@ -10,15 +10,13 @@ import onnx_ir as ir
 from graphc.edit import Array, attribute
 from graphc.known import Knowledge
 from graphc.known.choice import bottom
-from graphc.known.products import matmul_letters
+from graphc.known.products import empty_blocks, matmul_letters
 from graphc.pruning.sites import RECURRENT, Site
 
 Mask = Array
 """Booleans, broadcastable to a value's shape with the same rank: an axis of length 1 speaks for all its indices."""
 
-PRODUCTS = frozenset(
-    ["MatMul", "FusedMatMul", "Gemm", "Einsum", "Conv", "FusedConv", "ConvTranspose", "LSTM", "GRU", "RNN"]
-)
+PRODUCTS = frozenset("MatMul FusedMatMul Gemm Einsum Conv FusedConv ConvTranspose MatMulNBits LSTM GRU RNN".split())
 """Operators whose sums are of products of two operands."""
 
 
@@ -44,6 +42,8 @@ def nowhere(known: Knowledge, value: ir.Value) -> Mask:
 
 def silent(node: ir.Node, site: Site, known: Knowledge) -> Mask:
     """Where an operand's terms are neutral."""
+    if node.op_type == "MatMulNBits" and site.operand in (node.inputs[1], *node.inputs[3:4]):
+        return nowhere(known, site.operand)  # a code that is 0 does not stand for 0
     marked = bottom(site.operand, known) if site.what == "^" else known.zeros(site.operand)
     own = either(nowhere(known, site.operand), marked)
     if site.what != "summed":
@@ -61,6 +61,8 @@ def _silenced(node: ir.Node, operand: ir.Value, known: Knowledge) -> Mask | None
             return _across(node.inputs, letters, operand, known)
         case "Conv" | "FusedConv":
             return _convolution(node, operand, known)
+        case "MatMulNBits":
+            return _packed(node, operand, known)
         case "ConvTranspose":
             return _transposed_convolution(node, operand, known)
         case operator if operator in RECURRENT:
@@ -139,6 +141,15 @@ def _convolution(node: ir.Node, operand: ir.Value, known: Knowledge) -> Mask | N
     if flat.size > 1:
         flat = np.asarray(flat.reshape(group, -1).all(axis=0))
     return flat.reshape(1, -1, *(1,) * (len(known.shape(w) or ()) - 2))
+
+
+def _packed(node: ir.Node, operand: ir.Value, known: Knowledge) -> Mask | None:
+    """Inputs meet the blocks whose scales are zero for all outputs."""
+    empty = empty_blocks(node, known) if operand is node.inputs[0] else None
+    if empty is None:
+        return None
+    inputs = np.repeat(empty.all(axis=0), int(attribute(node, "block_size", 0)))[: int(attribute(node, "K", 0))]
+    return inputs.reshape(*(1,) * (len(known.shape(operand) or ()) - 1), -1)
 
 
 def _transposed_convolution(node: ir.Node, operand: ir.Value, known: Knowledge) -> Mask | None:

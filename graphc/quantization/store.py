@@ -84,11 +84,10 @@ def dequantized(site: Site, codes: Codes, names: edit.Names) -> None:
         elif node.graph is graph and _flips(node) and not node.outputs[0].is_graph_output():
             _read_flipped(node, stored, codes, names)
         else:
-            before = _outermost(node, graph)
             operands = stored.operands
             if node.graph is graph and index == 1 and len(site.shape) == 2 and edit.is_op(node, "MatMul"):
-                operands = alone.operands(before)
-            node.replace_input_with(index, _dequantize(operands, codes.granularity, before, names))
+                operands = alone.operands()
+            node.replace_input_with(index, _dequantize(operands, codes.granularity, names))
 
 
 class _Alone:
@@ -103,33 +102,23 @@ class _Alone:
         self._stored, self._names, self._codes = stored, names, stored.codes
         self._first = True
 
-    def operands(self, before: ir.Node) -> list[ir.Value]:
-        """Those of the next product, made in front of it."""
+    def operands(self) -> list[ir.Value]:
+        """Those of the next product."""
         if self._first:
             self._first = False
             return self._stored.operands
-        graph = before.graph
-        assert graph is not None
         for _ in range(2):
             shape = None if self._codes.shape is None else ir.Shape(list(self._codes.shape)[::-1])
             value = ir.Value(name=self._names.fresh(f"{self._stored.codes.name}.T"), type=self._codes.type, shape=shape)
             node = ir.node("Transpose", [self._codes], {"perm": [1, 0]}, outputs=[value], name=value.name)
-            graph.insert_before(before, node)
+            _insert(node, self._codes)
             self._codes = value
         copies = []
         for each in self._stored.operands[1:]:
             held = edit.tensor(each)
             assert held is not None
-            copies.append(edit.initializer(graph, held, self._names.fresh(each.name or "scale")))
+            copies.append(edit.initializer(home(self._stored.codes), held, self._names.fresh(each.name or "scale")))
         return [self._codes, *copies]
-
-
-def _outermost(node: ir.Node, graph: ir.Graph) -> ir.Node:
-    """The node of a graph that is, or in whose bodies there is, a node."""
-    if node.graph is graph:
-        return node
-    holds = (each for each in graph for body in edit.subgraphs(each) if node.graph in (body, *edit.bodies(body)))
-    return next(holds)
 
 
 def _as_product(node: ir.Node, weight: ir.Value, names: edit.Names, *, flipped: bool) -> None:
@@ -162,22 +151,39 @@ def _read_flipped(view: ir.Node, stored: Stored, codes: Codes, names: edit.Names
     if granularity.axis is not None:
         granularity = type(granularity)(1 - granularity.axis, granularity.block)
     for node, index in list(out.uses()):
-        node.replace_input_with(index, _dequantize(operands, granularity, node, names))
+        node.replace_input_with(index, _dequantize(operands, granularity, names, node))
     edit.remove(view)
 
 
-def _dequantize(operands: Sequence[ir.Value], granularity: Granularity, reader: ir.Node, names: edit.Names) -> ir.Value:
-    """What codes, scales and zero points stand for, computed in front of a reader."""
-    graph = reader.graph
-    assert graph is not None
+def _dequantize(
+    operands: Sequence[ir.Value], granularity: Granularity, names: edit.Names, before: ir.Node | None = None
+) -> ir.Value:
+    """What codes, scales and zero points stand for, computed in front of a node; None: as early as can be.
+
+    Of what a node reads, ONNX Runtime computes last what stands first in the graph. A weight that is dequantized early
+    in the file is so when it is needed, and not held all the time.
+    """
     out = ir.Value(
         name=names.fresh(f"{operands[0].name}.dequantized"),
         shape=operands[0].shape,
         type=ir.TensorType(operands[1].dtype or ir.DataType.FLOAT),
     )
     node = ir.node("DequantizeLinear", operands, granularity.attributes(), outputs=[out], name=out.name)
-    graph.insert_before(reader, node)
+    if before is None:
+        _insert(node, operands[0])
+    else:
+        assert before.graph is not None
+        before.graph.insert_before(before, node)
     return out
+
+
+def _insert(node: ir.Node, source: ir.Value) -> None:
+    """Put a node as early as a value that it reads allows; constants that it reads, too, are there."""
+    graph, producer = home(source), source.producer()
+    if producer is None:
+        graph.insert_before(graph[0], node)
+    else:
+        producer.append(node)
 
 
 def _looked_up(gather: ir.Node, stored: Stored, names: edit.Names) -> None:
