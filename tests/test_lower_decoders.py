@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphc import edit, runtime
+from graphc import caches, edit, runtime
 from graphc.contract import Probe
 from graphc.lowering import weights
 from graphc.passes.lower import Lower
@@ -92,7 +92,9 @@ def test_a_weight_behind_fixed_sizes_cannot_be_hidden(monkeypatch: pytest.Monkey
     assert reasons(result) == ["all sizes are fixed, and the session would see through a view of the weight"]
 
 
-def decoder(*, heads: int = 4, fewer: int = 2, batch: str = "B", new: str = "1", **more: object) -> ir.Model:
+def decoder(
+    *, heads: int = 4, fewer: int = 2, batch: str = "B", new: str = "1", boolean: bool = False, **more: object
+) -> ir.Model:
     """Attention of new tokens with a cache, and a mask that is made of positions and of padding."""
     attributes = {"q_num_heads": heads, "kv_num_heads": fewer, "scale": 0.3, **more}
     given = ", ".join(f"{name}={value}" for name, value in attributes.items())
@@ -100,14 +102,16 @@ def decoder(*, heads: int = 4, fewer: int = 2, batch: str = "B", new: str = "1",
         "p = Shape<start=2,end=3>(past_k) p0 = Squeeze(p) s = Shape<start=1,end=2>(q) s0 = Squeeze(s) t = Add(p0, s0) "
         "keys = Range(zero, t, one) r = Range(zero, s0, one) rows = Add(r, p0) a = Unsqueeze(keys, at0) "
         "b = Unsqueeze(rows, at1) c = LessOrEqual(a, b) d = Cast<to=9>(m) e = Unsqueeze(d, at12) f = And(c, e) "
-        f"g = Where(f, nothing, low) y, k1, v1 = Attention<{given}>(q, k, v, g, past_k, past_v)"
+        f"{'g = Identity(f)' if boolean else 'g = Where(f, nothing, low)'} "
+        f"y, k1, v1 = Attention<{given}>(q, k, v, g, past_k, past_v)"
     )
     x = (
         f"float[{batch},{new},{heads * 8}] q, float[{batch},{new},{fewer * 8}] k, float[{batch},{new},{fewer * 8}] v, "
         f"int64[{batch},total] m, float[{batch},{fewer},P,8] past_k, float[{batch},{fewer},P,8] past_v"
     )
     known = {"zero": np.int64(0), "one": np.int64(1), "at0": np.array([0]), "at1": np.array([1])}
-    known |= {"at12": np.array([1, 2]), "nothing": np.float32(0), "low": np.float32(-3.4e38)}
+    known |= {"at12": np.array([1, 2])}
+    known |= {} if boolean else {"nothing": np.float32(0), "low": np.float32(-3.4e38)}
     arrays = {name: np.asarray(value) for name, value in known.items()}
     model = build(body, x=x, outputs="y k1 v1", opset=23, **arrays)
     mask = next(value for value in model.graph.inputs if value.name == "m")
@@ -182,33 +186,72 @@ def test_attention_that_is_not_lowered(model: ir.Model, reason: str) -> None:
     assert operators(after) == operators(model) and reasons(result) == [reason]
 
 
-def test_a_boolean_mask_or_none_stays() -> None:
-    for body, reason in (
-        ("y, k1, v1 = Attention<{}>(q, k, v, g, past_k, past_v)", "GroupQueryAttention adds its mask, and this one is"),
-        ("y, k1, v1 = Attention<{}>(q, k, v, , past_k, past_v)", "without a mask nothing says how long the past is"),
-    ):
-        x = "float[B,1,32] q, float[B,1,16] k, float[B,1,16] v, bool[B,1,1,T] g, float[B,2,P,8] past_k, "
-        model = build(
-            body.format("q_num_heads=4,kv_num_heads=2"), x=x + "float[B,2,P,8] past_v", outputs="y k1 v1", opset=23
-        )
-        for output in model.graph.outputs:
-            output.dtype = ir.DataType.FLOAT
-        result = Lower(**ONLY).run(model, always(0.5))
-        assert reasons(result)[0].startswith(reason)
+@pytest.mark.parametrize("past", [0, 1, 6])
+def test_a_boolean_mask_that_may_hide_everything(past: int) -> None:
+    """A query without any key gets 0, as of Attention."""
+    model = decoder(boolean=True)
+    after = model.clone()
+    result = Lower(**ONLY, in_place=True).run(after, always(0.5))
+    assert result.changes == ["GroupQueryAttention written"] and not result.refusals
+    inputs = example(model, 0, past, batch=3)
+    inputs["m"][1] = 0
+    wanted = run(model, inputs)
+    assert not wanted["y"][1].any() and wanted["y"][0].any()
+    for name, array in run(after, inputs).items():
+        np.testing.assert_allclose(array, wanted[name], rtol=0, atol=1e-5)
 
 
-def test_a_cache_whose_length_is_asked_for_otherwise_is_named() -> None:
+@pytest.mark.parametrize(
+    "mask, given, reason",
+    [
+        ("bool[B,4,1,T] g", "g", "GroupQueryAttention adds its mask, and this one is boolean and not the same"),
+        ("bool[B,1,1,T] g", "", "without a mask nothing says how long the past is"),
+    ],
+)
+def test_masks_that_stay(mask: str, given: str, reason: str) -> None:
+    x = f"float[B,1,32] q, float[B,1,16] k, float[B,1,16] v, {mask}, float[B,2,P,8] past_k, float[B,2,P,8] past_v"
+    body = f"y, k1, v1 = Attention<q_num_heads=4,kv_num_heads=2>(q, k, v, {given}, past_k, past_v)"
+    model = build(body, x=x, outputs="y k1 v1", opset=23)
+    for output in model.graph.outputs:
+        output.dtype = ir.DataType.FLOAT
+    result = Lower(**ONLY).run(model, always(0.5))
+    assert reasons(result)[0].startswith(reason)
+
+
+def test_heads_of_a_size_without_a_kernel_stay() -> None:
+    x = "float[B,1,16] q, float[B,1,8] k, float[B,1,8] v, float[B,1,1,T] g, "
+    x += "float[B,2,P,4] past_k, float[B,2,P,4] past_v"
+    body = "y, k1, v1 = Attention<q_num_heads=4,kv_num_heads=2>(q, k, v, g, past_k, past_v)"
+    result = Lower(**ONLY).run(build(body, x=x, outputs="y k1 v1", opset=23), always(0.5))
+    assert reasons(result) == ["GroupQueryAttention has heads whose size is a multiple of 8"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_sizes_of_a_cache_are_read_elsewhere(tied: bool) -> None:
+    """What else is read of it ties the buffer to the length of what it holds."""
     model = decoder()
     next(value for value in model.graph.inputs if value.name == "m").shape = ir.Shape(["B", "P + 1"])
     node = next(n for n in edit.nodes(model) if n.op_type == "Shape")
-    node.attributes["end"] = ir.AttrInt64("end", 4)
+    node.attributes["start"], node.attributes["end"] = ir.AttrInt64("start", 0), ir.AttrInt64("end", 4)
     squeeze = next(iter(node.outputs[0].consumers()))
-    size = ir.node("Slice", [node.outputs[0], *(edit.initializer(model.graph, np.array([i]), f"i{i}") for i in (0, 1))])
+    size = ir.node("Slice", [node.outputs[0], *(edit.initializer(model.graph, np.array([i]), f"i{i}") for i in (2, 3))])
     size.outputs[0].name = "sliced"
     squeeze.prepend(size)
     squeeze.replace_input_with(0, size.outputs[0])
-    result = Lower(**ONLY, in_place=True).run(model, always(0.5))
-    assert reasons(result) == ["the model reads the length of the past off this cache, whose buffer must have it"]
+    if tied:
+        last = next(v for v in model.graph.inputs if v.name == "past_k")
+        read = ir.node("Relu", [last])
+        read.outputs[0].name, read.outputs[0].type, read.outputs[0].shape = "read", last.type, last.shape
+        model.graph.append(read)
+        model.graph.outputs.append(read.outputs[0])
+    after = model.clone()
+    result = Lower(**ONLY, in_place=True).run(after, always(0.5))
+    why = ["the model reads the length of the past off this cache, whose buffer must have it"]
+    assert reasons(result) == (why if tied else []) and caches.in_place(after) != tied
+    inputs = example(model, 0, 5)
+    wanted = run(model, inputs)
+    for name, array in run(after, inputs).items():
+        np.testing.assert_allclose(array, wanted[name], rtol=0, atol=1e-5)
 
 
 def test_a_prompt_and_as_many_tokens_decide_together() -> None:

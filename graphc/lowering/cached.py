@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -9,11 +11,14 @@ from graphc import edit
 from graphc.lowering.site import DOMAIN, Site
 from graphc.lowering.steps import Step, between, constant, ints
 from graphc.recognition.graph import Graph
-from graphc.recognition.scores import extremes, overflows
+from graphc.recognition.scores import extremes, lowest, overflows
 from graphc.rewrites.base import Refused
 from graphc.shapes import Shape, symbolic
 
 _INT32 = ir.DataType.INT32
+_MULTIPLE = 8
+"""What the size of a head is a multiple of."""
+
 _PAST = (4, 5)
 """The inputs of Attention that are a cache."""
 
@@ -40,6 +45,8 @@ def group_query(node: ir.Node, graph: Graph) -> Site | None:
         raise Refused("with a past, GroupQueryAttention takes several tokens of one sequence only")
     if keys[2] != values[2]:
         raise Refused("GroupQueryAttention has keys and values of one size")
+    if not isinstance(queries[2], int) or queries[2] // heads % _MULTIPLE:
+        raise Refused(f"GroupQueryAttention has heads whose size is a multiple of {_MULTIPLE}")
     if edit.attribute(node, "is_causal", 0) or edit.attribute(node, "softmax_precision", 1) != ir.DataType.FLOAT:
         raise Refused("GroupQueryAttention has another causal mask, or another precision of the softmax")
     _check_mask(mask, queries, symbolic.add(before[2], keys[1]), graph)
@@ -48,15 +55,20 @@ def group_query(node: ir.Node, graph: Graph) -> Site | None:
     attributes |= {name: edit.attribute(node, name) for name in ("scale", "softcap") if name in node.attributes}
     outputs = tuple(node.outputs[:3])
     lengths, total, steps = _lengths(mask, q, graph)
-    steps.append(
+    added, results, after = mask, outputs, list[Step]()
+    if graph.dtype(mask) == ir.DataType.BOOL:
+        added, results, before_it, after = _boolean(mask, outputs, graph)
+        steps += before_it
+    steps += [
         Step(
             "GroupQueryAttention",
-            (q, k, v, past, node.inputs[5], lengths, total, None, None, None, mask),
-            outputs,
+            (q, k, v, past, node.inputs[5], lengths, total, None, None, None, added),
+            results,
             attributes,
             DOMAIN,
-        )
-    )
+        ),
+        *after,
+    ]
     return Site(
         "group-query-attention",
         "GroupQueryAttention",
@@ -73,12 +85,36 @@ def _check_mask(mask: ir.Value | None, queries: Shape, total: symbolic.Dim, grap
     dims = graph.dims(mask)
     if mask is None or dims is None:
         raise Refused("without a mask nothing says how long the past is")
-    if graph.dtype(mask) == ir.DataType.BOOL:
-        raise Refused("GroupQueryAttention adds its mask, and this one is boolean")
+    if graph.dtype(mask) == ir.DataType.BOOL and len(dims) == 4 and dims[1] != 1:
+        raise Refused("GroupQueryAttention adds its mask, and this one is boolean and not the same for all heads")
     if len(dims) != 4 or dims[2:] != (queries[1], total):
         raise Refused("the mask is not known to cover all keys of every query")
     if -float("inf") in extremes(mask) or overflows(mask):
         raise Refused("the mask may hide all keys of a query, of which GroupQueryAttention makes something else")
+
+
+def _boolean(
+    mask: ir.Value, outputs: tuple[ir.Value, ...], graph: Graph
+) -> tuple[ir.Value, tuple[ir.Value, ...], list[Step], list[Step]]:
+    """A boolean mask as one that is added, the results with it, and what stands before and after the operator.
+
+    A query that sees no key gets 0 of Attention, and of the operator the mean of all values.
+    """
+    like, dims = outputs[0], graph.dims(mask) or ()
+    assert like.dtype is not None
+    low = constant("graphc.lowest", ir.tensor(np.array(lowest(like.dtype), like.dtype.numpy())))
+    zero = constant("graphc.zero", ir.tensor(np.array(0, like.dtype.numpy())))
+    added, most = between("cache.mask", like, dims), between("cache.most", like, (*dims[:3], 1))
+    rows = between("cache.rows", like, (dims[0], dims[2], 1))
+    seen = between("cache.seen", ir.DataType.BOOL, (dims[0], dims[2], 1))
+    mixed = between(f"{like.name}.mixed", like, graph.dims(like) or ())
+    before = [
+        Step("Where", (mask, zero, low), (added,)),
+        Step("ReduceMax", (added, ints(-1)), (most,), {"keepdims": 1}),
+        Step("Squeeze", (most, ints(1)), (rows,)),
+        Step("Greater", (rows, low), (seen,)),
+    ]
+    return added, (mixed, *outputs[1:]), before, [Step("Where", (seen, mixed, zero), (like,))]
 
 
 def _lengths(mask: ir.Value, q: ir.Value, graph: Graph) -> tuple[ir.Value, ir.Value, list[Step]]:
@@ -124,23 +160,45 @@ def untie(graph: Graph) -> list[str]:
     ]
     tied = []
     for past in caches:
-        shapes = [u.node for u in past.uses() if not edit.is_op(u.node, "GroupQueryAttention", domain=DOMAIN)]
-        for node in shapes:
-            found = _counted(past, graph) if _is_length(node) else None
-            if found is None:
+        for node in [u.node for u in past.uses() if not edit.is_op(u.node, "GroupQueryAttention", domain=DOMAIN)]:
+            sizes = _elsewhere(past, node, caches, graph) if edit.is_op(node, "Shape") else None
+            if sizes is None:
                 tied.append(past.name or "")
                 break
-            value, axis, more = found
-            like = graph.ints(node, [1])
-            bounds = {"start": axis, "end": axis + 1}
-            whole = graph.make(node, "Shape", [value], bounds, like=like, shape=(1,))
-            graph.bypass(node, graph.make(node, "Sub", [whole, graph.ints(node, [more])], like=like, shape=(1,)))
+            graph.bypass(node, sizes)
     return tied
 
 
-def _is_length(node: ir.Node) -> bool:
-    start, end = edit.attribute(node, "start", 0), edit.attribute(node, "end", 4)
-    return edit.is_op(node, "Shape") and (start % 4, end % 4) == (2, 3)
+def _elsewhere(past: ir.Value, node: ir.Node, caches: Sequence[ir.Value], graph: Graph) -> ir.Value | None:
+    """The sizes of a cache that a Shape gives, read off what is no cache; None if one of them is nowhere else."""
+    dims = graph.dims(past) or ()
+    length, counted = dims[2] if len(dims) == 4 else None, _counted(past, graph)
+    wanted = dims[edit.attribute(node, "start", 0) : edit.attribute(node, "end")]
+    others = [(value, graph.dims(value) or ()) for value in graph.model.graph.inputs if value not in caches]
+    found: list[tuple[ir.Value, int, int] | int] = []
+    for dim in wanted:
+        place = next(((value, known.index(dim), 0) for value, known in others if dim in known), None)
+        if isinstance(dim, int):
+            found.append(dim)
+        elif place is not None:
+            found.append(place)
+        elif dim == length and counted is not None:
+            found.append(counted)
+        else:
+            return None
+    like = graph.ints(node, [1])
+    parts = []
+    for each in found:
+        if isinstance(each, int):
+            parts.append(graph.ints(node, [each]))
+            continue
+        value, axis, more = each
+        size = graph.make(node, "Shape", [value], {"start": axis, "end": axis + 1}, like=like, shape=(1,))
+        less = graph.ints(node, [more])
+        parts.append(graph.make(node, "Sub", [size, less], like=like, shape=(1,)) if more else size)
+    if len(parts) == 1:
+        return parts[0]
+    return graph.make(node, "Concat", parts, {"axis": 0}, like=like, shape=(len(parts),)) if parts else None
 
 
 def _counted(past: ir.Value, graph: Graph) -> tuple[ir.Value, int, int] | None:
