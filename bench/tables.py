@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import tvm_page
 from compile import GRAPHC, UNVERIFIED
 from fuse_page import fuse_page
 
@@ -416,6 +417,7 @@ PAGES: dict[str, Callable[[Row], str]] = {
     "fuse": lambda results: fuse_page(results, table),
     "quality": quality_page,
     "shrink": shrink_page,
+    "tvm": lambda results: tvm_page.page(results, table),
 }
 """What writes ``NAME.md`` from ``NAME.json``."""
 

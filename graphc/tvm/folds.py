@@ -24,6 +24,28 @@ def last_is_spatial(nest: Nest) -> bool:
     return True
 
 
+def inline_padding(nest: Nest, block: Any) -> bool:
+    """Compute a padded picture where a reduction reads it, and not at all in memory; whether the block was one.
+
+    The test is the same for all lanes of a vector; what it saves is writing and reading a whole picture.
+    """
+    from tvm import s_tir
+    from tvm.ir import Call
+
+    stored, readers = nest.work.get(block), nest.work.get_consumers(block)
+    value = getattr(stored.body, "value", None)
+    if nest.is_reduction(block) or not readers or not all(nest.is_reduction(reader) for reader in readers):
+        return False
+    chosen = isinstance(value, Call) and str(getattr(value.op, "name", "")).endswith(".if_then_else")
+    if not chosen or len(stored.reads) != 1 or nest.extents(block)[-1] % nest.machine.lanes:
+        return False
+    try:
+        nest.work.compute_inline(block)
+    except s_tir.ScheduleError:
+        return False
+    return True
+
+
 def fold(nest: Nest, block: Any) -> None:
     """A reduction that keeps the last axis: vectors of that axis, the reduction around them."""
     work, machine = nest.work, nest.machine
@@ -39,11 +61,18 @@ def fold(nest: Nest, block: Any) -> None:
     lanes = next((k * machine.lanes for k in (4, 2, 1) if extents[vector] % (k * machine.lanes) == 0), 0)
     column = loops[vector]
     work.reorder(*outer, column, *summed)
-    inside = None
+    inside, around = None, [*outer, column]
     if lanes:
         column, inside = nest.split(column, lanes)
         work.reorder(column, *summed, inside)
-    start = work.fuse(*outer, column)
+        around = [*outer, column]
+    elif outer and extents[vector] > machine.lanes:
+        column, inside = nest.split(column, machine.lanes)
+        work.reorder(column, *summed, inside)
+        # What is left over gets loops of its own, so that the vectors need no test.
+        work.annotate(column, "pragma_loop_partition_hint", True)
+        around = outer
+    start = work.fuse(*around)
     if math.prod(extents) > SERIAL:
         work.parallel(start)
     decompose(nest, block, summed[0], vector=inside)
@@ -116,7 +145,7 @@ def elementwise(nest: Nest, block: Any) -> None:
         last, inside = nest.split(last, lanes)
         work.vectorize(inside)
         outer = [*outer, last]
-    if total > SERIAL and outer:
+    if total > SERIAL // 4 and outer:
         loop = work.fuse(*outer)
         tasks = nest.extent(loop)
         if tasks > 16 * machine.cores:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-SERIAL = 1 << 14
-"""Scalar operations of a loop nest up to which starting threads costs more than it saves."""
+SERIAL = 1 << 17
+"""Products of a loop nest up to which starting threads costs more than it saves."""
 
 _LEVELS = {"x86-64": 4, "x86-64-v2": 4, "x86-64-v3": 8, "x86-64-v4": 16}
 

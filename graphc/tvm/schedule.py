@@ -80,6 +80,7 @@ def _blocks(nest: Nest) -> None:
                 folds.elementwise(nest, block)
         return
     if folds.last_is_spatial(nest):
+        names = [name for name in names if not folds.inline_padding(nest, nest.work.get_sblock(name))]
         for name in names:
             block = nest.work.get_sblock(name)
             (folds.fold if nest.is_reduction(block) else folds.elementwise)(nest, block)
