@@ -69,6 +69,8 @@ LANGUAGE = (
     "graphc int8 weights",
     "graphc int4/128",
     "graphc int4/128 gptq",
+    "graphc int4/128 gptq, guided",
+    "graphc int4-8/128 gptq, guided",
     "graphc int4/128 asymmetric gptq",
     "ort int4/128",
     "ort int4/128 hqq",
@@ -120,10 +122,15 @@ def _efficientnet(text: Path) -> Experiment:
         return float((outputs(path).argmax(1) == outputs(dense).argmax(1)).mean())
 
     def calibration() -> Samples:
-        images = crops(0, 64)
+        images = crops(0, 160)
         return [{"image": images[i : i + 8]} for i in range(0, len(images), 8)]
 
-    variants = ("graphc int8 static", "graphc int8 static, full range", "ort static")
+    variants = (
+        "graphc int8 static",
+        "graphc int8 static, 6 layers kept",
+        "graphc int8 static, full range",
+        "ort static",
+    )
     model = cache.model("efficientnet-lite0")
     return Experiment(model, calibration, agreement, "top-1 agreement", {"image": test[:1]}, variants)
 

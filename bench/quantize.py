@@ -37,14 +37,18 @@ EXACT = "simplify,fuse,shrink,recognise,simplify,lower"
 GRAPHC = {
     "graphc int8 weights": "quantize",
     "graphc int8 dynamic": "quantize{scheme=dynamic}",
-    "graphc int8 static": "quantize{scheme=static rounding=gptq correct=true}",
+    "graphc int8 static": "quantize{scheme=static rounding=gptq damp=0.1 correct=true}",
+    "graphc int8 static, 6 layers kept": "quantize{scheme=static rounding=gptq damp=0.1 correct=true keep=6}",
     "graphc int8 static, nearest": "quantize{scheme=static activations=mse correct=true}",
-    "graphc int8 static, full range": "quantize{scheme=static rounding=gptq correct=true full-range=true}",
+    "graphc int8 static, full range": "quantize{scheme=static rounding=gptq damp=0.1 correct=true full-range=true}",
     "graphc int4/32": "quantize{bits=4 block=32 clip=mse}",
     "graphc int4/128": "quantize{bits=4 block=128}",
     "graphc int4/128, packed head": "quantize{bits=4 block=128 embeddings=4},lower-int8",
     "graphc int4/32 gptq": "quantize{bits=4 block=32 rounding=gptq clip=mse}",
     "graphc int4/128 gptq": "quantize{bits=4 block=128 rounding=gptq clip=mse}",
+    "graphc int4/128 gptq, guided": "quantize{bits=4 block=128 rounding=gptq clip=mse guide=loss}",
+    "graphc int4-8/128 gptq, guided": "quantize{bits=4 block=128 rounding=gptq clip=mse guide=loss budget=5.5 "
+    "choices=[4 8] sensitivity=loss}",
     "graphc int4/128 asymmetric gptq": "quantize{bits=4 block=128 symmetric=false rounding=gptq clip=mse}",
 }
 

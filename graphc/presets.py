@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 import onnx_ir as ir
@@ -42,6 +43,7 @@ UNCALIBRATED = (
 )
 
 _CPU = "CPUExecutionProvider"
+_GUIDED = {True: "guided-int4", False: "gptq-int4"}
 _PRUNE = "prune{{ratio=0.3 of={of} criterion=obs{more} compensate=ls}}"
 
 
@@ -122,13 +124,15 @@ def _numbers(goal: Goal, kind: Kind, convolves: bool, target: Capabilities, cali
     text = kind in ("language model", "text encoder")
     if target.providers and target.providers[0] != _CPU:
         if goal == "small" and kind == "language model":
-            return "gptq-int4" if calibrated else "int4-weights", "its weights are nearly all of its size"
+            return _GUIDED[
+                _differentiates()
+            ] if calibrated else "int4-weights", "its weights are nearly all of its size"
         found = "cast" if calibrated else "cast{ranges=false}"
         return found, "GPUs compute in float16 at least twice as fast, and the file is half as large"
     if not target.has_kernel("com.microsoft", "MatMulNBits"):
         return DEFAULT, "exact passes only, as the target computes with short weights no faster and stores them whole"
     if goal == "small" and kind == "language model":
-        found, how = ("gptq-int4", " by GPTQ") if calibrated else ("int4-weights", "")
+        found, how = (_GUIDED[_differentiates()], " by GPTQ") if calibrated else ("int4-weights", "")
         return found, f"weights in 4 bits{how}: they are nearly all of its size"
     if convolves:
         if calibrated:
@@ -139,6 +143,11 @@ def _numbers(goal: Goal, kind: Kind, convolves: bool, target: Capabilities, cali
     if goal == "fast":
         return "int8-dynamic", "products in 8-bit integers, their inputs rounded as they come"
     return "int8-weights", "weights in 8 bits: a quarter of the size" + (", hardly any error" if text else "")
+
+
+def _differentiates() -> bool:
+    """Whether gradients can be had: without, GPTQ takes all rows of inputs for equally important."""
+    return bool(find_spec("torch"))
 
 
 def _then(recipe: Recipe, text: str) -> Recipe:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from graphc import contraction
+from graphc.errors import BadInput
 from graphc.stats import Collector, GuidedGramOf
 from tests.quantized_models import build, context, held, normal, quantized, run
 
@@ -65,3 +66,22 @@ def test_the_loss_rises_less(rounding: str) -> None:
         test = mixed(512, 9)
         losses[guide] = float(np.square(run(one, x=test)["y"] - run(model, x=test)["y"]).sum())
     assert losses["loss"] < 0.7 * losses["inputs"]
+
+
+def test_bits_go_where_the_loss_is_steep() -> None:
+    """Two layers alike, of which one hardly counts; both do by their own outputs."""
+    one, two, small = normal(64, 64), normal(64, 64, seed=1), np.array(0.01, np.float32)
+    text = "a = MatMul(x, one) b = MatMul(x, two) c = Mul(b, small) y = Add(a, c)"
+    for order in ("one", "two"):
+        held_ = {"one": one, "two": two} if order == "one" else {"one": two, "two": one}
+        model = build(text, "float[N,64] x", "float[N,64] y", small=small, **held_)
+        samples = [{"x": normal(32, 64, seed=i)} for i in range(2)]
+        quantized(model, context(samples), budget=6.6, choices=(4, 8), sensitivity="loss")
+        kinds = [model.graph.initializers[name].dtype.name for name in ("one", "two")]
+        assert kinds == ["INT8", "INT4"]
+
+
+def test_convolutions_cannot_be_compared_by_the_loss() -> None:
+    model = build("y = Conv(x, w)", "float[N,64,8,8] x", "float[N,64,8,8] y", w=normal(64, 64, 1, 1))
+    with pytest.raises(BadInput, match="products of matrices"):
+        quantized(model, context([{"x": normal(2, 64, 8, 8)}]), budget=5, choices=(4, 8), sensitivity="loss")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from graphc import edit
 from graphc.contract import PassResult
-from graphc.quantization import equalisation, scaling, sites, streams
+from graphc.quantization import scaling, sites, streams
 from graphc.quantization.granularity import Granularity
 from graphc.quantization.grid import Grid
 from graphc.shapes import infer
@@ -149,15 +149,9 @@ def test_equal_channels_lower_the_error_of_static_quantization() -> None:
     assert errors[1] < 0.2 * errors[0]
 
 
-def test_channels_below_a_clip_are_only_made_larger_and_stay_below_it() -> None:
+def test_no_factor_goes_through_a_limit_from_above() -> None:
+    """A channel that calibration saw below it may be above it on other data."""
     model = convolutions("6.0")
     infer(model)
     found = streams.find(sites.find(model, ("Conv",), (), (), 0, PassResult()))
-    clipped = [stream for stream in found if stream.clipped]
-    assert len(clipped) == 2
-    statistics = context(pictures()).collect(model, {use.moments for s in clipped for use in s.readers})
-    for stream in clipped:
-        factors = equalisation.factors(stream, statistics, Grid(8))
-        if factors is not None:
-            largest = statistics[stream.readers[0].moments].largest.reshape(-1)
-            assert (factors >= 1).all() and (factors * largest <= 6 + 1e-6)[factors > 1].all()
+    assert len(found) == len(scaled_channels(convolutions())) - 2

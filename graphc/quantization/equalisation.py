@@ -66,8 +66,7 @@ def factors(stream: Stream, statistics: Mapping[Any, Any], grid: Grid) -> Array 
     ranges = np.max([statistics[use.moments].largest.reshape(-1) for use in stream.readers], axis=0)
     if not (ranges > 0).any():
         return None
-    # A Clip stays as it is: what a factor makes of a channel must be below it.
-    most = ranges.max() if stream.clipped is None else stream.clipped
+    most = ranges.max()
     relative = np.clip(most / (HEADROOM * np.maximum(ranges, most / (HEADROOM * MOST))), 1.0, MOST)
     best, chosen = np.inf, 0.0
     for power in POWERS:

@@ -83,8 +83,10 @@ class Options(Pass):
     rank: bool = option(False, "Measure what each layer alone costs, for the report; its bars: -v, --report FILE.html.")
     keep: int = option(0, "How many layers, the most sensitive first, get the fallback; what the gate raises.", least=0)
     fallback: int = option(0, "Bits of layers that are kept; 0: 8 for fewer bits, else their own type.")
-    sensitivity: Literal["auto", "outputs", "layers"] = option(
-        "auto", "How layers are ranked: measured at the model's outputs, or estimated at their own; auto: by size."
+    sensitivity: Literal["auto", "outputs", "layers", "loss"] = option(
+        "auto",
+        "How layers are ranked: measured at the model's outputs, estimated at their own, or estimated by what their "
+        "errors add to the loss (needs torch); auto: one of the first two, by size.",
     )
     least: int = option(1024, "Elements from which a weight is quantized; scheme=static takes all.")
     kinds: tuple[str, ...] = option(KINDS, "The operators whose weights are looked at; Gather for embeddings.")

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graphc import cache
+from graphc import cache, edit
 from graphc.contract import Arrays, Context
 from graphc.edit import Array
+from graphc.errors import BadInput
 from graphc.quantization.granularity import Granularity
 from graphc.quantization.grid import Grid
 from graphc.quantization.rounding import nearest
 from graphc.quantization.sites import Site
+from graphc.stats import GuidedGramOf
 from graphc.stats.hashing import data_hash, value_hashes
 
 SAMPLES = 4
@@ -117,3 +119,39 @@ def own(site: Site, grids: Sequence[tuple[Grid, Granularity] | None], statistics
         error = nearest(site.held, *each).values() - weight
         found.append(float((np.square(error) * factor).sum(dtype=np.float64)) / whole)
     return found
+
+
+def guided(
+    model: ir.Model, found: Sequence[Site], each: Sequence[Sequence[tuple[Grid, Granularity] | None]], ctx: Context
+) -> list[list[float]]:
+    """What each way to quantize each layer alone adds to the loss, up to a factor that all share; 0 for embeddings.
+
+    An error ``E`` of a weight adds ``tr(E H ET)`` to second order, with the Gram matrix ``H`` of its inputs by the
+    squared gradients of the loss (:class:`graphc.stats.GuidedGramOf`).
+
+    Raises:
+        BadInput: A layer is no product of matrices.
+    """
+    wanted: list[list[GuidedGramOf]] = []
+    for site, ways in zip(found, each, strict=True):
+        asked = [use.guided_gram for use in site.uses if site.calibrated and any(ways)]
+        if None in asked:
+            raise BadInput(
+                "sensitivity=loss compares products of matrices only",
+                where="quantize",
+                hint="kinds=[MatMul,Gemm,Gather], or another sensitivity",
+            )
+        wanted.append([request for request in asked if request is not None])
+    statistics = ctx.collect(model, {request for requests in wanted for request in requests})
+    rows = []
+    for i, (site, ways, requests) in enumerate(zip(found, each, wanted, strict=True)):
+        ctx.progress("estimating layers", i, len(found))
+        if not requests:
+            rows.append([0.0 for _ in ways])
+            continue
+        gram = np.sum([statistics[request].products for request in requests], axis=0)
+        weight = site.uses[0].matrices(np.asarray(site.held.numpy(), dtype=np.float32))
+        errors = [None if way is None else site.uses[0].matrices(nearest(site.held, *way).values()) for way in ways]
+        edit.release(site.held)
+        rows.append([0.0 if e is None else float((((e - weight) @ gram) * (e - weight)).sum()) for e in errors])
+    return rows

@@ -27,11 +27,13 @@ def losses(
     mode = options.sensitivity
     if mode == "auto":
         mode = "outputs" if sum(s.held.nbytes for s in found) <= MEASURED and ctx.calibration else "layers"
-    if mode == "outputs" and not ctx.calibration:
-        raise BadInput("sensitivity=outputs needs calibration data", where="quantize", hint="--calibrate")
+    if mode in ("outputs", "loss") and not ctx.calibration:
+        raise BadInput(f"sensitivity={mode} needs calibration data", where="quantize", hint="--calibrate")
     plain = dataclasses.replace(options, **NO_LIMITS, rounding="nearest", sensitivity=mode)
 
     def measure() -> list[list[float]]:
+        if mode == "loss":
+            return sensitivity.guided(model, found, each, ctx)
         if mode == "layers":
             wanted = {use.moments for site in found if site.calibrated for use in site.uses}
             statistics: Mapping[Any, Any] = ctx.collect(model, wanted) if ctx.calibration else {}

@@ -41,7 +41,6 @@ class Stream:
         makers: Products whose outputs the channels are.
         readers: Products whose inputs they are.
         vectors: Constants, one number a channel, that are added on the way, each with the node that adds it.
-        clipped: The largest value that a Clip lets pass; None if there is none.
     """
 
     channels: int
@@ -50,7 +49,6 @@ class Stream:
     makers: list[Contraction] = field(default_factory=list)
     readers: list[Contraction] = field(default_factory=list)
     vectors: list[tuple[ir.Node, ir.Value]] = field(default_factory=list)
-    clipped: float | None = None
 
 
 def find(sites: Sequence[Site]) -> list[Stream]:
@@ -139,11 +137,10 @@ def _through(node: ir.Node, stream: Stream, nodes: set[ir.Node]) -> bool:
         return False
     nodes.add(node)
     if is_op(node, "Clip"):
-        low, high = (edit.scalar(node.inputs[i]) if len(node.inputs) > i else None for i in (1, 2))
-        if low != 0 or (len(node.inputs) > 2 and node.inputs[2] is not None and high is None):
+        # What a factor made of a channel could meet a limit from above that the channel itself does not.
+        low = edit.scalar(node.inputs[1]) if len(node.inputs) > 1 else None
+        if low != 0 or (len(node.inputs) > 2 and node.inputs[2] is not None):
             return False
-        if high is not None:
-            stream.clipped = float(high) if stream.clipped is None else min(float(high), stream.clipped)
     if is_op(node, *SUMS):
         rank = len(node.outputs[0].shape or ())
         for value in node.inputs:
