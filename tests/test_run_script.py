@@ -77,10 +77,11 @@ def test_a_run_continues_a_padded_batch(tmp_path: Path) -> None:
     for name, models in (
         ("merged", {"model": decoder("S")}),
         ("split", {"prefill": decoder("S", False), "decode": decode}),
+        ("one token", {"model": decode}),
     ):
         folder = tmp_path / name
         folder.mkdir()
-        if name == "merged":
+        if "model" in models:
             manifest = {"runtime": target.emit(models["model"], folder)}
         else:
             needs = target.emit_parts(models, folder)

@@ -120,11 +120,14 @@ def step(name, feeds, past):
     session, in_place = graphs[name], settings[name].get("in_place")
     sources = {present: before for before, present in settings[name].get("caches", {}).items()}
     binding = session.io_binding()
+    held = {}  # a binding keeps no array alive
     for value in session.get_inputs():
         if value.name in feeds:
-            binding.bind_cpu_input(value.name, np.ascontiguousarray(feeds[value.name]))
+            held[value.name] = np.ascontiguousarray(feeds[value.name])
+            binding.bind_cpu_input(value.name, held[value.name])
         else:
-            binding.bind_ortvalue_input(value.name, past.get(value.name) or empty(value, len(feeds["input_ids"])))
+            held[value.name] = past.get(value.name) or empty(value, len(feeds["input_ids"]))
+            binding.bind_ortvalue_input(value.name, held[value.name])
     outputs = [value.name for value in session.get_outputs()]
     for output in outputs:
         if in_place and output in sources:
@@ -133,6 +136,8 @@ def step(name, feeds, past):
             binding.bind_output(output)
     session.run_with_iobinding(binding, chosen)
     found = dict(zip(outputs, binding.get_outputs()))
+    # Only the value that was made of a buffer keeps it alive.
+    found |= {output: past[sources[output]] for output in outputs if in_place and output in sources}
     return found["logits"].numpy(), {output: value for output, value in found.items() if output != "logits"}
 
 
@@ -151,19 +156,29 @@ first, further = ("prefill", "decode") if "decode" in graphs else ("model", "mod
 names = {present: past for past, present in settings[further]["caches"].items()}
 ids = given["input_ids"].astype(np.int64)
 mask = given.get("attention_mask", np.ones_like(ids)).astype(np.int64)
-made, past, times = [], {}, []
-for number in range(tokens):
-    positions = np.maximum(np.cumsum(mask, 1) - 1, 0)[:, -ids.shape[1] :]
-    feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    begin = time.perf_counter()
-    logits, present = step(further if number else first, feeds, past)
-    times.append(time.perf_counter() - begin)
+made, past, times, seen, left, room = [], {}, [], 0, ids, mask.shape[1] + tokens
+# A graph for one token at a time reads a prompt like that, too.
+one = any(value.name == "input_ids" and value.shape[1] == 1 for value in graphs[first].get_inputs())
+if settings[first].get("in_place"):
+    inputs = [value for value in graphs[first].get_inputs() if value.name in settings[first]["caches"]]
+    past = {value.name: roomy(empty(value, len(ids)), room) for value in inputs}
+begin = time.perf_counter()
+while len(made) < tokens:
+    width = 1 if one else left.shape[1]
+    ids, left, seen = left[:, :width], left[:, width:], seen + width
+    positions = np.maximum(np.cumsum(mask[:, :seen], 1) - 1, 0)[:, -width:]
+    feeds = {"input_ids": ids, "attention_mask": mask[:, :seen], "position_ids": positions}
+    logits, present = step(further if made else first, feeds, past)
     past = {names[output]: value for output, value in present.items()}
-    if number == 0 and settings[further].get("in_place"):
-        past = {name: roomy(value, mask.shape[1] + tokens) for name, value in past.items()}
-    ids = np.argmax(logits[:, -1:], axis=-1).astype(np.int64)
-    mask = np.concatenate([mask, np.ones_like(ids)], 1)
-    made.append(ids)
+    if left.shape[1]:
+        continue
+    if not made and settings[further].get("in_place") and not settings[first].get("in_place"):
+        past = {name: roomy(value, room) for name, value in past.items()}
+    left = np.argmax(logits[:, -1:], axis=-1).astype(np.int64)
+    mask = np.concatenate([mask, np.ones_like(left)], 1)
+    made.append(left)
+    times.append(time.perf_counter() - begin)
+    begin = time.perf_counter()
 for row in np.concatenate(made, 1):
     print(*row)
 print(f"first token {times[0] * 1e3:.1f} ms, then {np.median(times[1:] or times) * 1e3:.1f} ms each", file=sys.stderr)
