@@ -15,8 +15,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from graphc import cache, pipeline, runtime
 from graphc import model as onnx_model
-from graphc import pipeline, runtime
 from graphc.contract import Progress, no_progress
 from graphc.errors import BadInput
 from graphc.recipe import parse_backend
@@ -71,6 +71,22 @@ def test_a_crash_while_measuring_says_to_leave_tuning_out(planted: Any, tmp_path
     with pytest.raises(BadInput, match=r"(?s)while measuring loops.*leave --tune"):
         emit(tmp_path / "work" / "out", lambda *said: seen.append(said))
     assert seen == [("measuring loops", 3, 9)]
+
+
+def test_loops_that_crash_are_left_out_and_the_rest_goes_on(
+    planted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRAPHC_CACHE_DIR", str(tmp_path / "cache"))
+    planted(
+        "from graphc import cache\njob = Path(sys.argv[1])\n"
+        "if cache.Store().get('f' * 64) is None:\n"
+        "    (job / 'measuring').write_text('f' * 64)\n"
+        "    print('[\"measuring loops\", 3, 9]', flush=True)\n    os.kill(os.getpid(), signal.SIGSEGV)\n"
+        "(job / 'result.json').write_text('{\"device\": \"cpu\"}')"
+    )
+    assert emit(tmp_path / "work" / "out") == {"device": "cpu"}
+    entry = cache.Store().get("f" * 64)
+    assert entry is not None and json.loads((entry / "seconds.json").read_text()) == float("inf")
 
 
 def test_an_interrupt_ends_the_child(planted: Any, tmp_path: Path) -> None:

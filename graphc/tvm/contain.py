@@ -20,10 +20,16 @@ from graphc.contract import Progress
 from graphc.errors import BadInput
 from graphc.model import write_tensor
 from graphc.tvm.importer import WEIGHT
-from graphc.tvm.tune import Budget
+from graphc.tvm.tune import Budget, blame
 
 WORKER = "graphc.tvm.worker"
 """The module that the process runs."""
+
+JOURNAL = "measuring"
+"""The file of a job that names the loops that are being measured."""
+
+_CRASHES = 5
+"""How often loops may end the process that measures them."""
 
 _ALIGNMENT = 64
 """Bytes to which weights that are handed over are aligned."""
@@ -60,6 +66,11 @@ def emit(
         }
         (job / "job.json").write_text(json.dumps(settings), encoding="utf-8")
         code, doing = run(job, progress, WORKER)
+        for _ in range(_CRASHES):
+            # Loops that crash are not measured again, and what is known of others is not lost.
+            if code >= 0 or -code == signal.SIGKILL or not blame(job / JOURNAL):
+                break
+            code, doing = run(job, progress, WORKER)
         if (job / "error.json").is_file():
             raise BadInput(**json.loads((job / "error.json").read_text(encoding="utf-8")))
         if code:

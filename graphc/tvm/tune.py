@@ -44,14 +44,16 @@ class Budget:
     Attributes:
         seconds: Time to spend; 0 for no limit.
         trials: Choices to measure; 0 for no limit.
+        journal: A file that names the entry that is being measured, for whoever comes after a crash.
     """
 
     seconds: float = 0.0
     trials: int = 0
+    journal: Path | None = None
 
     def part(self, parts: int) -> Budget:
         """The budget of one of several parts."""
-        return Budget(self.seconds / parts, -(-self.trials // parts))
+        return Budget(self.seconds / parts, -(-self.trials // parts), self.journal)
 
     def __bool__(self) -> bool:
         return self.seconds > 0 or self.trials > 0
@@ -120,9 +122,14 @@ def tune(module: Any, target: Any, budget: Budget, progress: Progress) -> dict[s
     def measure(task: Task, choice: Choice) -> None:
         nonlocal done
         progress("measuring loops", done, budget.trials or sum(len(each.choices) for each in tasks))
+        entry = _entry(task.workload, choice)
+        if budget.journal is not None:
+            budget.journal.write_text(entry, encoding="utf-8")
         found = _seconds(scheduled(task.function, machine, choice), target, min(task.seconds.values(), default=np.inf))
         task.seconds[choice] = found
-        store.put(_entry(task.workload, choice), lambda folder: _write(folder, found))
+        store.put(entry, lambda folder: _write(folder, found))
+        if budget.journal is not None:
+            budget.journal.unlink()
         done += 1
 
     # What the rules decide says where the time goes.
@@ -182,6 +189,15 @@ def _workload(function: Any, target: Any) -> dict[str, Any]:
         "tvm": installed("apache-tvm"),
         "rules": [cache.file_hash(Path(__file__).with_name(name)) for name in RULES],
     }
+
+
+def blame(journal: Path) -> bool:
+    """Remember that what a journal names ends the process that measures it; whether there was such a thing."""
+    if not journal.is_file():
+        return False
+    cache.Store().put(journal.read_text(encoding="utf-8"), lambda folder: _write(folder, float("inf")), replace=True)
+    journal.unlink()
+    return True
 
 
 def _entry(workload: dict[str, Any], choice: Choice) -> str:

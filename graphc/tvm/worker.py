@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from graphc.contract import Progress
 from graphc.errors import GraphcError
-from graphc.tvm import emit, targets, tune
+from graphc.tvm import contain, emit, targets, tune
 
 
 def main(job: Path) -> int:
@@ -26,7 +26,7 @@ def main(job: Path) -> int:
         target = targets.resolve(settings["target"], settings["threads"], settings["arch"])
         model = ir.from_proto(onnx.load(job / "model.onnx", load_external_data=False))
         with _watched(job / "pass"):
-            budget = tune.Budget(settings["seconds"], settings["trials"])
+            budget = tune.Budget(settings["seconds"], settings["trials"], job / contain.JOURNAL)
             needs = emit.emit(model, Path(settings["folder"]), target, settings["shapes"], budget, progress)
     except GraphcError as error:
         said = {"what": error.what, "where": error.where, "why": error.why, "hint": error.hint}
