@@ -15,7 +15,7 @@ from graphc.quantization.granularity import Granularity
 from graphc.quantization.grid import Grid, fit
 from graphc.sparsity.sweep import BLOCK, sweep
 
-PIECE = 1 << 22
+PIECE = 1 << 20
 """Elements that are rounded at once."""
 
 SCRATCH = 1 << 20

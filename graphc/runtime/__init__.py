@@ -222,7 +222,12 @@ def session(
         else:
             source, keep = mapped(model, entries, lend=not optimise)
     fallback = (options or {}).get("session.disable_cpu_ep_fallback") != "1"
-    return Session(handle(source, entries, provider, where=where, fallback=fallback), where, keep)
+    left_out = COPYING if frugal else ()
+    return Session(handle(source, entries, provider, where=where, fallback=fallback, left_out=left_out), where, keep)
+
+
+COPYING = ("QDQSelectorActionTransformer",)
+"""Parts of the optimiser that copy weights: codes into the layout of products with codes."""
 
 
 def settings(
@@ -247,7 +252,15 @@ def settings(
     return found
 
 
-def handle(source: str | bytes, options: Any, provider: str, *, where: str = "", fallback: bool = True) -> Any:
+def handle(
+    source: str | bytes,
+    options: Any,
+    provider: str,
+    *,
+    where: str = "",
+    fallback: bool = True,
+    left_out: Sequence[str] = (),
+) -> Any:
     """An ``onnxruntime.InferenceSession`` from a path or a serialised model.
 
     Args:
@@ -256,6 +269,7 @@ def handle(source: str | bytes, options: Any, provider: str, *, where: str = "",
         provider: The execution provider wanted.
         where: What to call the model in errors.
         fallback: Whether the CPU may run what the provider cannot.
+        left_out: Parts of the optimiser that do not run.
 
     Raises:
         CannotRun: The runtime rejects the model.
@@ -265,7 +279,9 @@ def handle(source: str | bytes, options: Any, provider: str, *, where: str = "",
     providers = [provider, CPU] if fallback and provider != CPU else [provider]
     try:
         # Its own fallback prints and retries; what really started is asked afterwards.
-        return ort.InferenceSession(source, options, providers=providers, enable_fallback=0)
+        return ort.InferenceSession(
+            source, options, providers=providers, enable_fallback=0, disabled_optimizers=list(left_out)
+        )
     except Exception as error:  # its exceptions share no other base
         raise explain(error, "ONNX Runtime cannot load the model", where) from None
 
