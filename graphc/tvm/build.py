@@ -55,6 +55,10 @@ class TensorFile:
         self._file.close()
 
 
+_LAYOUTS = {"relax.nn.conv2d": ["NHWC", "HWIO"], "relax.nn.conv2d_transpose": ["NCHW", "IOHW"]}
+"""The layouts that operators are brought to; TVM has no loops for transposed convolutions with channels last."""
+
+
 def prepare(module: Any, target: Any) -> Any:
     """Graph-level rewrites and fusion: the module whose ``PrimFunc``s are then scheduled or tuned."""
     import tvm
@@ -65,7 +69,7 @@ def prepare(module: Any, target: Any) -> Any:
         relax.transform.CanonicalizeBindings(),
         tvm.transform.module_pass(lambda mod, context: _unstacked(mod), opt_level=0, name="Unstack"),
     ]
-    layout = [relax.transform.ConvertLayout({"relax.nn.conv2d": ["NHWC", "HWIO"]}), relax.transform.Normalize()]
+    layout = [relax.transform.ConvertLayout(_LAYOUTS), relax.transform.Normalize()]
     cpu = target.kind.name == "llvm"
     if cpu:
         functions.register()

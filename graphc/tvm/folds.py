@@ -141,7 +141,8 @@ def elementwise(nest: Nest, block: Any) -> None:
     count = nest.extent(last)
     lanes = next((k * machine.lanes for k in (2, 1) if count % (k * machine.lanes) == 0), 0)
     outer: Sequence[Any] = loops[:-1]
-    if lanes:
+    # TVM 0.27 negates a vector of stored booleans bit by bit: true becomes 255.
+    if lanes and not any(str(read.source.ty.dtype) == "bool" for read in work.get(block).reads):
         last, inside = nest.split(last, lanes)
         work.vectorize(inside)
         outer = [*outer, last]
