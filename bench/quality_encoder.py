@@ -37,7 +37,8 @@ HEAL = "shrink,heal{learning-rate=0.0001}"
 ABOUT = f"""\
 Recall@1: how often the gloss that is nearest to a word, of 1000, is its own. Rows at 25 % remove that part of the
 parameters of the blocks, and {0.25 * BLOCKS:.1%} of all: the token embeddings, half of the model, stay. Rows at 53 %
-remove 25 % of all parameters: all of it from the blocks, or 18 % by factors of the token embeddings. Calibration has {CALIBRATION} other pairs."""
+remove 25 % of all parameters: all of it from the blocks, or 18 % by factors of the token embeddings. Calibration has
+{CALIBRATION} other pairs."""
 
 
 def reverse_dictionary(text: Path | None) -> Experiment:
