@@ -585,6 +585,16 @@ def test_what_only_looks_like_layer_normalisation_is_left(body: str, axes: list[
     assert operators(after) == operators(model)
 
 
+def test_a_mean_that_drops_the_axis_is_no_part_of_a_normalisation() -> None:
+    """One number is its own mean: behind the mean nothing is left, whose sum with a row has the row's size again."""
+    body = """z = ReduceMean<keepdims=0>(x, axes) m = ReduceMean<keepdims=1>(z, axes) d = Sub(z, m) s = Mul(d, d)
+              v = ReduceMean<keepdims=1>(s, axes) e = Add(v, eps) r = Sqrt(e) n = Div(d, r)
+              a = Mul(n, g) y = Add(a, b)"""
+    model = build(body, x="float[N,6,6] x", axes=np.array([-1]), eps=[1e-2], g=numbers(6), b=numbers(6, seed=1))
+    after, _ = fused(model)
+    assert "ReduceMean" in operators(after)
+
+
 def test_the_scale_of_an_rms_normalisation_stays_with_it() -> None:
     body = """q = Mul(x, x) v = ReduceMean<keepdims=1>(q, axes) e = Add(v, eps) r = Sqrt(e) i = Reciprocal(r)
               n = Mul(x, i) a = Mul(n, g) p = MatMul(a, w) y = Relu(p)"""

@@ -229,7 +229,8 @@ def _meaning(region: list[ir.Node], x: ir.Value, axis: int, rewriter: Rewriter) 
     rows, scales = _rows(size, region)
     lead = (1,) * (len(shape) + axis)
     each = [_evaluate(region, x, row.reshape(lead + size)) for row in rows]
-    if any(result is None or result.size != row.size for result, row in zip(each, rows, strict=True)):
+    # A region that drops or adds an axis is no normalisation, though its result may have as many elements.
+    if any(result is None or result.shape != lead + size for result in each):
         return None
     computed = np.stack([result.reshape(size) for result in each if result is not None])
     for centred in (True, False):
