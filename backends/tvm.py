@@ -27,8 +27,13 @@ class Tvm(Backend):
     """Machine code that needs no ONNX runtime, compiled by Apache TVM for a processor or for CUDA.
 
     Sizes are fixed: each combination given with --shapes is compiled. The artifact runs with numpy and apache-tvm-ffi,
-    or from C++. The
-    report has the speed against ONNX Runtime.
+    or from C++. The report has the speed against ONNX Runtime.
+
+    To measure loops on other machines: pip install 'graphc[tvm]' 'apache-tvm[rpc]' there and where the tracker is, run
+    python -m tvm.exec.rpc_tracker --host 0.0.0.0 --port 9190 on one machine,
+    python -m tvm.exec.rpc_server --tracker HOST:9190 --key NAME on each that measures, and compile with
+    -t 'tvm{tracker="HOST:9190" key=NAME target=PROCESSOR threads=CORES}' --tune MINUTES; target and threads are those
+    of the workers. Only in a network that is trusted: workers run whatever they are sent.
     """
 
     main: ClassVar[str] = "model.so"
@@ -38,13 +43,22 @@ class Tvm(Backend):
     shapes: tuple[str, ...] = option((), "sizes of dynamic dimensions: batch=1,8; all combinations are compiled")
     threads: int = option(0, "cores that the code is laid out for; 0 means those of this machine")
     arch: tuple[str, ...] = option(("sm_80", "sm_90"), "for cuda: the architectures to compile for")
-    tune: float = option(0.0, "minutes to spend on measuring loops, here; what was found is remembered")
+    tune: float = option(0.0, "minutes to spend on measuring loops; what was found is remembered")
     trials: int = option(0, "loops to measure at most")
+    tracker: str = option("", "HOST:PORT of TVM's RPC tracker, to measure on its workers instead of here")
+    key: str = option("", "the name of the workers that measure; what they found is remembered under it")
     runtime: bool = option(True, "put TVM's runtime library into the artifact")
 
     def __post_init__(self) -> None:
         if self.threads < 0 or self.tune < 0 or self.trials < 0:
             raise ValueError("threads, tune and trials cannot be negative")
+        if bool(self.tracker) != bool(self.key):
+            raise ValueError("tracker and key go together")
+        host, _, port = self.tracker.rpartition(":")
+        if self.tracker and not (host and port.isdecimal() and int(port) < 1 << 16):
+            raise ValueError(f"tracker is HOST:PORT, not '{self.tracker}'")
+        if self.tracker and not (self.tune or self.trials):
+            raise ValueError("tracker has no effect without --tune or --trials")
 
     def capabilities(self) -> Capabilities:
         return Capabilities("tvm", max_ir=10, max_opset={"": OPSET})
@@ -53,12 +67,16 @@ class Tvm(Backend):
         from graphc.tvm import emit, targets
 
         targets.resolve(self.target, self.threads, self.arch)
+        if self.tracker:
+            from graphc.tvm import remote
+
+            remote.Tracker(self.tracker, self.key).workers()
         emit.lowered(model, self.shapes)
 
     def emit(self, model: ir.Model, folder: Path, *, progress: Progress = no_progress) -> Mapping[str, Any]:
         from graphc.tvm import contain, cuda, install, tune
 
-        budget = tune.Budget(60 * self.tune, self.trials)
+        budget = tune.Budget(60 * self.tune, self.trials, tracker=self.tracker, key=self.key)
         needs = contain.emit(model, folder, self.target, self.threads, self.arch, self.shapes, budget, progress)
         names = ["libtvm_runtime.so", *([cuda.RUNTIME] if needs["device"] == "cuda" else [])]
         for library in map(install.library, names if self.runtime else []):

@@ -63,6 +63,8 @@ def emit(
             "shapes": list(shapes),
             "seconds": budget.seconds,
             "trials": budget.trials,
+            "tracker": budget.tracker,
+            "key": budget.key,
         }
         (job / "job.json").write_text(json.dumps(settings), encoding="utf-8")
         code, doing = run(job, progress, WORKER)

@@ -2,17 +2,21 @@
 
 What can be decided of a loop nest is listed by :func:`graphc.tvm.contraction.choices`. Every choice that was measured
 is kept under the hash of the nest, the target and the number of threads: a run that was interrupted goes on where it
-was, and another model with the same nest knows the answer.
+was, and another model with the same nest knows the answer. What :mod:`graphc.tvm.remote` measures on other machines is
+kept under their name.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +49,19 @@ class Budget:
         seconds: Time to spend; 0 for no limit.
         trials: Choices to measure; 0 for no limit.
         journal: A file that names the entry that is being measured, for whoever comes after a crash.
+        tracker: ``host:port`` of TVM's RPC tracker, to measure on its workers; empty to measure here.
+        key: The name of the workers.
     """
 
     seconds: float = 0.0
     trials: int = 0
     journal: Path | None = None
+    tracker: str = ""
+    key: str = ""
 
     def part(self, parts: int) -> Budget:
         """The budget of one of several parts."""
-        return Budget(self.seconds / parts, -(-self.trials // parts), self.journal)
+        return replace(self, seconds=self.seconds / parts, trials=-(-self.trials // parts))
 
     def __bool__(self) -> bool:
         return self.seconds > 0 or self.trials > 0
@@ -95,7 +103,7 @@ def tune(module: Any, target: Any, budget: Budget, progress: Progress) -> dict[s
 
     Args:
         module: What ``graphc.tvm.build.prepare`` made; it is not changed.
-        target: A CPU that this machine can stand for.
+        target: A CPU that this machine, or the workers, can stand for.
         budget: How much to measure; what is known from earlier costs nothing.
         progress: ``progress(what, done, total)``.
 
@@ -103,12 +111,12 @@ def tune(module: Any, target: Any, budget: Budget, progress: Progress) -> dict[s
         The best choice by function name.
 
     Raises:
-        BadInput: The target is no CPU.
+        BadInput: The target is no CPU, or there are no workers.
     """
     if target.kind.name != "llvm":
         raise BadInput("only code for processors can be tuned", where=f"target {target}", hint="leave --tune out")
     machine, store = Machine.of(target), cache.Store()
-    tasks = _tasks(module, target, machine)
+    tasks = _tasks(module, target, machine, {"worker": budget.key} if budget.tracker else _here())
     for task in tasks:
         for choice in task.choices:
             if (entry := store.get(_entry(task.workload, choice))) is not None:
@@ -119,31 +127,62 @@ def tune(module: Any, target: Any, budget: Budget, progress: Progress) -> dict[s
         late = budget.seconds > 0 and time.monotonic() - start > budget.seconds
         return late or (budget.trials > 0 and done >= budget.trials)
 
-    def measure(task: Task, choice: Choice) -> None:
+    def measure(wanted: Iterable[tuple[Task, Choice]]) -> None:
         nonlocal done
-        progress("measuring loops", done, budget.trials or sum(len(each.choices) for each in tasks))
-        entry = _entry(task.workload, choice)
-        if budget.journal is not None:
-            budget.journal.write_text(entry, encoding="utf-8")
-        found = _seconds(scheduled(task.function, machine, choice), target, min(task.seconds.values(), default=np.inf))
-        task.seconds[choice] = found
-        store.put(entry, lambda folder: _write(folder, found))
-        if budget.journal is not None:
-            budget.journal.unlink()
-        done += 1
+        running: deque[tuple[Task, Choice, Future[float]]] = deque()
 
-    # What the rules decide says where the time goes.
-    for task in tasks:
-        if not spent() and task.choices[0] not in task.seconds:
-            measure(task, task.choices[0])
-    for task in sorted(tasks, key=lambda each: -each.share):
-        for choice in task.choices:
-            if choice not in task.seconds and not spent():
-                measure(task, choice)
+        def settle() -> None:
+            task, choice, found = running.popleft()
+            task.seconds[choice] = seconds = found.result()
+            # Other machines also fail for reasons that pass.
+            if np.isfinite(seconds) or not budget.tracker:
+                store.put(_entry(task.workload, choice), lambda folder: _write(folder, seconds))
+
+        for task, choice in wanted:
+            if choice in task.seconds or spent():
+                continue
+            progress("measuring loops", done, budget.trials or sum(len(each.choices) for each in tasks))
+            if budget.journal is not None:
+                budget.journal.write_text(_entry(task.workload, choice), encoding="utf-8")
+            function, best = scheduled(task.function, machine, choice), min(task.seconds.values(), default=np.inf)
+            running.append((task, choice, bench.start(function, best)))
+            if budget.journal is not None:
+                budget.journal.unlink()
+            done += 1
+            while len(running) >= bench.places:
+                settle()
+        while running:
+            settle()
+
+    with _bench(target, budget) as bench:
+        # What the rules decide says where the time goes.
+        measure((task, task.choices[0]) for task in tasks)
+        measure((task, choice) for task in sorted(tasks, key=lambda each: -each.share) for choice in task.choices)
     return {name: task.best for task in tasks for name in task.names}
 
 
-def _tasks(module: Any, target: Any, machine: Machine) -> list[Task]:
+@dataclass(frozen=True)
+class _Here:
+    """Measures in this process."""
+
+    target: Any
+    places: int = 1
+
+    def start(self, function: Any, best: float) -> Future[float]:
+        found: Future[float] = Future()
+        found.set_result(_seconds(function, self.target, best))
+        return found
+
+
+def _bench(target: Any, budget: Budget) -> contextlib.AbstractContextManager[Any]:
+    if not budget.tracker:
+        return contextlib.nullcontext(_Here(target))
+    from graphc.tvm import remote
+
+    return remote.Fleet(remote.Tracker(budget.tracker, budget.key), target)
+
+
+def _tasks(module: Any, target: Any, machine: Machine, place: Mapping[str, Any]) -> list[Task]:
     """The contractions of a module; equal ones once."""
     tvm_ffi: Any = importlib.import_module("tvm_ffi")
 
@@ -153,7 +192,7 @@ def _tasks(module: Any, target: Any, machine: Machine) -> list[Task]:
         known = found.get(hashed := tvm_ffi.structural_hash(function))
         if known is None:
             if wanted := choices(function, machine):
-                workload, count = _workload(function, target), calls.get(name.name_hint, 0)
+                workload, count = {**_workload(function, target), **place}, calls.get(name.name_hint, 0)
                 found[hashed] = Task(workload, [name.name_hint], function, count, wanted, {})
         else:
             known.names.append(name.name_hint)
@@ -184,11 +223,14 @@ def _workload(function: Any, target: Any) -> dict[str, Any]:
         "nest": str(tvm_ffi.structural_hash(function)),
         "shapes": [[*map(int, p.ty.shape), str(p.ty.dtype)] for p in function.params],
         "target": str(target),
-        "threads": os.environ.get("TVM_NUM_THREADS", ""),
-        "cpus": os.cpu_count(),
         "tvm": installed("apache-tvm"),
         "rules": [cache.file_hash(Path(__file__).with_name(name)) for name in RULES],
     }
+
+
+def _here() -> dict[str, Any]:
+    """What a measurement depends on of this machine."""
+    return {"threads": os.environ.get("TVM_NUM_THREADS", ""), "cpus": os.cpu_count()}
 
 
 def blame(journal: Path) -> bool:
@@ -216,17 +258,22 @@ def _seconds(function: Any, target: Any, best: float) -> float:
         kernel = tvm.compile(tvm.IRModule({"k": function.with_attr("global_symbol", "k")}), target=target)["k"]
     except Exception:  # TVM's refusals are of many kinds
         return float("inf")
-    arguments = [tvm.runtime.tensor(_random([int(n) for n in p.ty.shape], str(p.ty.dtype))) for p in function.params]
+    given = [tvm.runtime.tensor(array) for array in arguments(function)]
     fastest = float("inf")
     for number in range(RUNS + 1):
         start = time.perf_counter()
-        kernel(*arguments)
+        kernel(*given)
         taken = time.perf_counter() - start
         # The first run touches memory and starts threads.
         fastest = min(fastest, taken) if number else fastest
         if number >= 2 and fastest > HOPELESS * best:
             break
     return fastest
+
+
+def arguments(function: Any) -> list[np.ndarray[Any, Any]]:
+    """Random arrays for the parameters of a function; its results are written into the last ones."""
+    return [_random([int(n) for n in p.ty.shape], str(p.ty.dtype)) for p in function.params]
 
 
 def _random(shape: Sequence[int], dtype: str) -> np.ndarray[Any, Any]:

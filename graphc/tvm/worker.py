@@ -26,7 +26,8 @@ def main(job: Path) -> int:
         target = targets.resolve(settings["target"], settings["threads"], settings["arch"])
         model = ir.from_proto(onnx.load(job / "model.onnx", load_external_data=False))
         with _watched(job / "pass"):
-            budget = tune.Budget(settings["seconds"], settings["trials"], job / contain.JOURNAL)
+            amount, where = (settings["seconds"], settings["trials"]), (settings["tracker"], settings["key"])
+            budget = tune.Budget(*amount, job / contain.JOURNAL, *where)
             needs = emit.emit(model, Path(settings["folder"]), target, settings["shapes"], budget, progress)
     except GraphcError as error:
         said = {"what": error.what, "where": error.where, "why": error.why, "hint": error.hint}
