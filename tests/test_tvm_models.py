@@ -10,11 +10,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 from fragments import ALL
 
-from graphc import compiled, pipeline
+from graphc import compiled, pipeline, runtime
 from graphc.errors import BadInput
 from graphc.model import load
 from graphc.shapes import fix
@@ -26,6 +27,7 @@ SIZE, PICTURE = 4, {"num_channels": 3, "height": 32, "width": 32}
 """The size of every dynamic dimension but those of pictures."""
 
 REFUSED = {
+    "loop_carries_value": "Loop: there is no converter",
     "optimum-t5-merged": "tensors without elements",
     "rotary_operator": "tensors without elements",
 }
@@ -141,6 +143,30 @@ def test_negated_booleans_are_ones(tmp_path: Path) -> None:
     model = text(f"c = Constant<value: tensor = float {{0}}>()\n{body}", "(float[4,16] x) => (float y)")
     verdict = compiled.compare(model, build(model.clone(), tmp_path / "out"))
     assert verdict.checked and verdict.ok, verdict.why
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    ["y = Relu(n)", "y = Clip(n, c, d)", "y = Clip(n, c)", "y = Clip(n, , d)", "y = Clip(n)"],
+)
+def test_bounds_let_nan_through(bounds: str, tmp_path: Path) -> None:
+    constants = "c = Constant<value: tensor = float {0}>()\n d = Constant<value: tensor = float {6}>()"
+    model = text(f"{constants}\n n = Div(x, x)\n {bounds}", "(float[4,16] x) => (float y)")
+    given = {"x": np.zeros((4, 16), np.float32)}
+    given["x"][1:3] = [[2.0], [-3.0]]
+    expected = runtime.session(model, optimise=False).run(given)["y"]
+    assert np.isnan(expected[0]).all() and not np.isnan(expected[1]).any()
+    np.testing.assert_array_equal(build(model.clone(), tmp_path / "out").run(given)["y"], expected)
+
+
+def test_integers_are_clipped(tmp_path: Path) -> None:
+    body = """c = Constant<value: tensor = int64 {-1}>() d = Constant<value: tensor = int64 {3}>()
+              n = Cast<to: int = 7>(x) a = Clip(n, c, d) b = Clip(n, c) e = Clip(n, , d)
+              f = Sub(b, e) y = Add(a, f)"""
+    model = text(body, "(float[4,16] x) => (int64 y)")
+    given = {"x": np.arange(-32, 32, dtype=np.float32).reshape(4, 16)}
+    expected = runtime.session(model, optimise=False).run(given)["y"]
+    np.testing.assert_array_equal(build(model.clone(), tmp_path / "out").run(given)["y"], expected)
 
 
 def test_a_transposed_convolution_among_others_compiles(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def prepare(module: Any, target: Any) -> Any:
         tvm.transform.module_pass(lambda mod, context: _transposed(mod), opt_level=0, name="TransposeWeights"),
         relax.transform.FoldConstant(),
         *packs,
-        relax.transform.LegalizeOps(),
+        relax.transform.LegalizeOps(functions.BOUNDS),
         relax.transform.AnnotateTIROpPattern(),
         relax.transform.FoldConstant(),
         relax.transform.FuseOps(),

@@ -5,6 +5,7 @@ The errors are those of float32 arithmetic, some units in the last place; infini
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -78,6 +79,27 @@ def register() -> None:
             return known(call) if known else call
 
         register_intrin_lowering(name, target="llvm", f=lowered, level=99)
+
+
+def _bound(builder: Any, call: Any) -> Any:
+    """Let NaN through: TVM's own ``max(x, 0)`` is compiled as ``x > 0 ? x : 0``, this as ``0 > x ? 0 : x``."""
+    from tvm import te, tirx
+
+    low, high = (0.0, math.inf) if len(call.args) == 1 else (float(each.value) for each in call.args[1:])
+
+    def within(x: Any) -> Any:
+        def element(*place: Any) -> Any:
+            value = x[place]
+            value = value if low == -math.inf else tirx.Max(tirx.const(low, x.dtype), value)
+            return value if high == math.inf else tirx.Min(tirx.const(high, x.dtype), value)
+
+        return te.compute(x.shape, element, name="bound")
+
+    return builder.call_te(within, call.args[0], primfunc_name_hint="bound")
+
+
+BOUNDS = {"relax.nn.relu": _bound, "relax.clip": _bound}
+"""What operators become, by name, in place of TVM's own loops."""
 
 
 def _exp(x: Any) -> Any:

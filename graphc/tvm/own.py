@@ -1,4 +1,4 @@
-"""What operators of graphc's own become in Relax: calls of the loop nests in :mod:`graphc.tvm.kernels`."""
+"""What operators become in Relax that are graphc's own, as loop nests in :mod:`graphc.tvm.kernels`, or better so."""
 
 from __future__ import annotations
 
@@ -149,7 +149,27 @@ def _lanes(target: Any) -> int:
     return Machine.of(target).lanes if target.kind.name == "llvm" else 1
 
 
+def _clip(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], target: Any) -> Any:
+    """Clip with constant bounds is one operator of Relax, whose layout TVM can convert; its importer makes loops."""
+    from tvm import relax, topi
+    from tvm.ir import GenericConst
+
+    x, bounds = inputs[0], [inputs[i] if len(inputs) > i else None for i in (1, 2)]
+    floating = str(x.ty.dtype).startswith("float")
+    if floating and all(bound is None or isinstance(bound, GenericConst) for bound in bounds):
+        # A bound that is NaN is none.
+        given = [math.nan if bound is None else float(bound.value.numpy()) for bound in bounds]
+        low = -math.inf if math.isnan(given[0]) else given[0]
+        high = math.inf if math.isnan(given[1]) else given[1]
+        return builder.emit(relax.op.clip(x, low, high))
+    # The bound first: of 'a > b ? a : b', b is what stays when something is NaN.
+    for bound, operator in zip(bounds, (topi.maximum, topi.minimum), strict=True):
+        x = x if bound is None else builder.emit_te(operator, bound, x)
+    return x
+
+
 _CONVERTERS: dict[str, Converter] = {
+    "Clip": _clip,
     packed.PRODUCT: _product,
     packed.LOOKUP: _lookup,
     sparse.PRODUCT: _sparse,
