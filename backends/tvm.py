@@ -29,7 +29,7 @@ class Tvm(Backend):
     Sizes are fixed: each combination given with --shapes is compiled. The artifact runs with numpy and apache-tvm-ffi,
     or from C++. The report has the speed against ONNX Runtime.
 
-    To measure loops on other machines: pip install 'graphc[tvm]' 'apache-tvm[rpc]' there and where the tracker is, run
+    To measure loops on other machines: pip install 'apache-tvm[rpc]==0.27.0.post1' there and where the tracker is, run
     python -m tvm.exec.rpc_tracker --host 0.0.0.0 --port 9190 on one machine,
     python -m tvm.exec.rpc_server --tracker HOST:9190 --key NAME on each that measures, and compile with
     -t 'tvm{tracker="HOST:9190" key=NAME target=PROCESSOR threads=CORES}' --tune MINUTES; target and threads are those
