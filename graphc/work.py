@@ -188,6 +188,8 @@ class Work:
             known = kept.recall(entry)
             note = "the passes ran and were checked earlier: taken from the cache (--no-cache runs them again)"
             known.warnings.append(note)
+            self.table.used.update(known.timings)
+            self.table.write()
             return known
         runner = Runner(
             done or Done(self.loaded.original),

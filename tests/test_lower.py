@@ -189,6 +189,9 @@ def test_the_manifest_names_what_decided(tmp_path: Path, monkeypatch: pytest.Mon
     assert main(command) == 0
     ratios = json.loads(times.read_text())["ratios"]
     assert json.loads((out / "graphc.json").read_text())["timings"] == digest(ratios)
+    again = tmp_path / "again.json"
+    assert main([*command[:-1], str(again)]) == 0
+    assert json.loads(again.read_text())["ratios"] == ratios, "what comes from the cache was decided by these"
     pinned = json.loads(times.read_text()) | {"ratios": dict.fromkeys(ratios, 0.5)}
     times.write_text(json.dumps(pinned))
     assert main(command) == 0
