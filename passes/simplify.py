@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from graphc.contract import Context, Effect, Pass, PassResult, option
-from graphc.simplification import whole
+from graphc.simplification import notes, whole
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,9 @@ class Simplify(Pass):
 
     Infers shapes anew, with symbolic dims; folds constants, and shape arithmetic whose result follows from the
     input's dims; shares common subexpressions and equal initializers; merges rows of layout operators; inlines
-    functions and control flow whose path is known; removes dead code. A model that cannot be run here only
-    loses dead code and identities, and shares subexpressions.
+    functions and control flow whose path is known; removes dead code, and what torch's exporter and onnxscript note
+    of nodes and values. A model that cannot be run here only loses notes, dead code and identities, and shares
+    subexpressions.
     """
 
     effect = Effect.EXACT
@@ -27,9 +28,14 @@ class Simplify(Pass):
     freeze_initializers: bool = option(
         False, "Treat initializers that are also inputs as constants, and drop them from the inputs."
     )
+    keep_notes: bool = option(
+        False, "Keep what exporters note of nodes and values: the module stack, source lines, documentation."
+    )
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         result = PassResult()
+        if not self.keep_notes:
+            result.change("exporter's note removed", notes.remove(model))
         if self.freeze_initializers:
             result.change("initializer dropped from the inputs", _freeze(model))
         else:

@@ -518,10 +518,11 @@ def test_metadata_survives() -> None:
     model.metadata_props["alphabet"] = "abc"
     relu = list(model.graph)[1]
     relu.name = "activation"
-    relu.metadata_props["namespace"] = "block.0"
-    after, _ = check(model)
+    relu.metadata_props["graphc.module"] = "block.0"
+    after, result = check(model)
     assert after.metadata_props == {"alphabet": "abc"}
-    assert [(n.name, n.metadata_props) for n in after.graph] == [("activation", {"namespace": "block.0"})]
+    assert [(n.name, n.metadata_props) for n in after.graph] == [("activation", {"graphc.module": "block.0"})]
+    assert not any("note" in change for change in result.changes)
 
 
 def test_size_zero() -> None:

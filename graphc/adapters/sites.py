@@ -16,7 +16,8 @@ from graphc.adapters.changes import Kind
 from graphc.edit import attribute, is_op
 from graphc.rewrites.base import FLOATS, dims
 
-_SCOPES = "pkg.torch.onnx.name_scopes"
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""Torch's note of a node: the paths of the modules around it, as a list, and its own name."""
 _MODULE, _ALIASES = "graphc.module", "graphc.aliases"
 """What the frontend for torch notes: the module of a node, the other names of a tied parameter."""
 _AXES = "graphc.axes"
@@ -131,7 +132,7 @@ class Index:
                 if is_op(node, "Constant") and "." in (node.outputs[0].name or ""):
                     index._add(node.outputs[0].name or "", node.outputs[0])
         for node in edit.nodes(model):
-            weight = _weight(node)
+            weight = weight_of(node)
             path = module(node) if weight is not None else ""
             if weight is not None and path:
                 suggested.setdefault(f"{path}.weight", []).append(weight)
@@ -190,7 +191,7 @@ def module(node: ir.Node) -> str:
     """The path of the torch module that a node came from, as exporters write it down; empty if they did not."""
     if _MODULE in node.metadata_props:
         return node.metadata_props[_MODULE]
-    scopes = node.metadata_props.get(_SCOPES)
+    scopes = node.metadata_props.get(SCOPES)
     if scopes:
         try:
             names = [name for name in ast.literal_eval(scopes) if isinstance(name, str)]
@@ -216,7 +217,7 @@ def by_module(value: ir.Value, path: str) -> tuple[Use, ...] | None:
     return tuple(use for use in found if use.product is not None and module(use.product) == path)
 
 
-def _weight(node: ir.Node) -> ir.Value | None:
+def weight_of(node: ir.Node) -> ir.Value | None:
     """The constant that a product or a lookup reads as its weight, behind Transpose and the like."""
     if is_op(node, "MatMul", "Gemm", "Conv"):
         value = node.inputs[1]
