@@ -1,4 +1,4 @@
-"""Notes that exporters leave in a file and that no runtime reads: source lines, module stacks, rewriters' rules, docs."""
+"""Notes that exporters leave in a file and that no runtime reads: module stacks, source lines, documentation."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _EXPORTERS = ("pkg.torch.", "pkg.onnxscript.")
 def remove(model: ir.Model) -> int:
     """Remove what exporters note of graphs, nodes and values, in place; returns how many notes went.
 
-    What others note stays, and so does all that the model as a whole, its inputs and its outputs say of themselves. Of a
-    node whose weight cannot be told by its name, the module that it came from stays, by which adapters find it.
+    What others note stays, and so does all that the model as a whole, its inputs and its outputs say of themselves. Of
+    a node whose weight cannot be told by its name, the module that it came from stays, by which adapters find it.
     """
     count = 0
     for graph in edit.graphs(model):
