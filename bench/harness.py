@@ -20,8 +20,8 @@ LARGE = 1 << 30
 
 
 def graphc(*flags: str) -> Command:
-    """``graphc optimize`` without cache and timing."""
-    fixed = ("--no-cache", "--no-measure", "-q", *flags)
+    """``graphc optimize`` without cache and timing; a pass that is rolled back must not pass for a result."""
+    fixed = ("--no-cache", "--no-measure", "--strict", "-q", *flags)
     return lambda python, model, out, large: [python, "-m", "graphc", "optimize", model, "-o", out, *fixed]
 
 

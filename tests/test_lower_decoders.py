@@ -67,7 +67,7 @@ def test_products_with_computed_weights_stay() -> None:
 @pytest.mark.parametrize("turned", [False, True])
 def test_one_row_reads_a_large_weight_unpacked(turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "_LARGE", 1000)
-    body = "t = Transpose(w) y = MatMul(x, t)" if turned else "y = MatMul(x, w)"
+    body = "t = Transpose<perm=[1,0]>(w) y = MatMul(x, t)" if turned else "y = MatMul(x, w)"
     model = build(body, x="float[B,1,8] x", w=numbers(*((40, 8) if turned else (8, 40))))
     after, result = lowered(model, only=("unpacked-product",))
     assert result.changes == ["MatMul reads its weight unpacked"]

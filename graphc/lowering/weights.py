@@ -120,7 +120,7 @@ def unpacked(node: ir.Node, graph: Graph) -> Site | None:
     read = weight
     if turned is not None and len(nodes) == 2:
         read = between(f"{weight.name}.turned", node.outputs[0], whole)
-        steps.append(Step("Transpose", (source,), (read,), dict(turned.attributes)))
+        steps.append(Step("Transpose", (source,), (read,), {"perm": edit.attribute(turned, "perm", (1, 0))}))
     steps.append(Step("Reshape", (read, target), (view,)))
     steps.append(Step("MatMul", (x, view), (node.outputs[0],)))
     return Site("unpacked-product", "MatMul", nodes, (x, source), (node.outputs[0],), {}, "", steps=tuple(steps))
