@@ -80,6 +80,8 @@ def compare(
         one = checker if checker is not None and static is model else None
         one = one or Checker(static, data=at, seed=seed, progress=progress)
         verdict = _close(one.compare(runnable, optimise=True))
+        if verdict.ok and (note := _judged(verdict, static, one, runnable)):
+            verdict = replace(verdict, notes=(*verdict.notes, note))
         cases += verdict.cases
         if not verdict.ok:
             return verdict
@@ -102,6 +104,32 @@ def _close(verdict: Comparison) -> Comparison:
         for output in bad
     )
     return replace(verdict, ok=True, why="", outputs=forgiven, notes=(*verdict.notes, *notes))
+
+
+def _judged(verdict: Comparison, model: ir.Model, checker: Checker, runnable: Runnable) -> str:
+    """Which of the two is nearer to the model in double precision, where rounding alone moves it far; else ""."""
+    from graphc import runtime
+    from graphc.checking import doubles
+
+    far = max(verdict.outputs, key=lambda output: output.max_rel, default=None)
+    if far is None or not CLOSE < far.max_rel < math.inf:
+        return ""
+    said = f"output '{far.name}' differs by {far.max_rel:.2g} of its size ({far.case})"
+    case = next((case for case in checker.cases() if case.description == far.case), None)
+    theirs = runtime.session(model, optimise=False, frugal=True)
+    try:
+        assert case is not None
+        found = {who.provider: who.run(case.arrays) for who in (theirs, runnable)}
+        away = doubles.distances(model, case.arrays, found, far.name)
+    except (runtime.CannotRun, KeyError):
+        return f"{said}, which is {far.ratio:.2g} of what rounding explains"
+    finally:
+        theirs.close()
+    ours, other = away[runnable.provider], away[theirs.provider]
+    return (
+        f"{said}: the model's own rounding. From the same in double precision ONNX Runtime is {other:.2g} away, "
+        f"{runnable.provider} {ours:.2g}"
+    )
 
 
 def _has(sample: Arrays, shapes: Mapping[str, tuple[int, ...]]) -> bool:

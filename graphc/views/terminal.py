@@ -162,6 +162,8 @@ def show_comparison(found: Document, a: str, b: str) -> None:
         numbers = ["" if output[k] is None else f"{output[k]:.3g}" for k in ("max_abs", "max_rel", "tolerance")]
         table.add_row(escape(output["name"]), *numbers)
     console.print(table)
+    for note in found["notes"]:
+        console.print(f"[yellow]note[/]: {escape(note)}")
     if found["ok"]:
         console.print(f"[green]same[/]: {escape(b)} computes what {escape(a)} does, on {len(found['cases'])} inputs")
     else:
