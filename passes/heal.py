@@ -1,4 +1,4 @@
-"""Healing: what is left of a pruned model learns to answer as the original did."""
+"""Healing: what is left of a pruned or quantized model learns to answer as the original did."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 GENERATED = "trained on generated inputs: do not trust the quality; give samples of real data with --calibrate"
 
-RATES = {"all": 1e-3, "bias-norm": 3e-3, "lora": 3e-3}
+RATES = {"all": 1e-3, "bias-norm": 3e-3, "lora": 3e-3, "codes": 1e-3}
 """The highest learning rate where none is given: right for what pruning has hurt, while what least squares has repaired
 may need ``GENTLER`` times that."""
 GENTLER = 0.1
@@ -39,7 +39,8 @@ class Heal(Pass):
     """Train the weights for a short time to give the outputs and hidden states of the original model.
 
     The original is the model as it came into the run, or ``teacher``. What is zero stays zero, so that ``shrink`` may
-    come before or after. If nothing is better on held-out data than the start, the start is kept.
+    come before or after. Of quantized weights the scales are trained, and on request codes: it comes before ``lower``.
+    If nothing is better on held-out data than the start, the start is kept.
     """
 
     effect: ClassVar[Effect] = Effect.LOSSY
@@ -54,8 +55,10 @@ class Heal(Pass):
     batch: int = option(
         0, "Rows a step, run case by case with gradients added up; 0 is 32, or as many as have 2048 tokens.", least=0
     )
-    weights: Literal["all", "bias-norm", "lora"] = option(
-        "all", "What is trained: all weights, biases and norms, or a product of low rank added to each matrix."
+    weights: Literal["all", "bias-norm", "lora", "codes"] = option(
+        "all",
+        "What is trained: all weights, of quantized ones the scales; biases and norms; a product of low rank added to "
+        "each matrix; or all, and codes of 4 bits at most.",
     )
     rank: int = option(8, "The rank of what weights=lora adds.", least=1)
     temperature: float = option(1.0, "Of the softmax by which scores are compared.", above=0)
@@ -158,7 +161,7 @@ class Heal(Pass):
         from graphc.healing import points
 
         names = points.hidden(model, original, self.taps) if self.hidden else []
-        student, teacher = to_torch(_tapped(model, names)), to_torch(_tapped(original, names))
+        student, teacher = to_torch(_tapped(model, names), quantized=True), to_torch(_tapped(original, names))
 
         from graphc.healing.objective import Objective
         from graphc.healing.training import Plan, Trainer

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["from_torch", "to_torch"]
 
 
-def to_torch(model: ir.Model) -> GraphModule:
+def to_torch(model: ir.Model, *, quantized: bool = False) -> GraphModule:
     """A torch module that computes what the model does and can be trained.
 
     Its parameters are the float constants (initializers, and Constant nodes of some exporters) that are weights, under
@@ -36,6 +36,9 @@ def to_torch(model: ir.Model) -> GraphModule:
 
     Args:
         model: At opset 13 or later; it is not changed. Its weights are copied.
+        quantized: Whether scales of quantized weights are parameters, too: those by which DequantizeLinear multiplies
+            constant codes. ``module.meta["scales"]`` maps each to the buffer of its codes. These may be replaced by
+            floats (``torch.func.functional_call``), through which gradients then flow.
 
     Raises:
         BadInput: torch is missing, or operators have no torch form; they are all named.
@@ -43,11 +46,13 @@ def to_torch(model: ir.Model) -> GraphModule:
     _require()
     from graphc.fx.build import build
 
-    return build(model)
+    return build(model, quantized=quantized)
 
 
 def from_torch(module: GraphModule, model: ir.Model) -> ir.Model:
     """A copy of the model with the values that the module's parameters now have, in the model's dtypes.
+
+    So have the codes of which scales are parameters.
 
     Local functions are inlined in it, so that each call's weights are its own.
 

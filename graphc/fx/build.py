@@ -32,13 +32,13 @@ _KIND = "kind"
 TENSOR, HOST = "tensor", "host"
 
 
-def build(model: ir.Model) -> fx.GraphModule:
+def build(model: ir.Model, *, quantized: bool = False) -> fx.GraphModule:
     """See :func:`graphc.fx.to_torch`."""
     model = model.clone()
     if model.functions:
         InlinePass()(model)
     _check(model)
-    constants = Constants(model)
+    constants = Constants(model, quantized=quantized)
     scope = _Scope(model.graph, constants)
     inputs = scope.inputs()
     scope.nodes()
@@ -50,6 +50,7 @@ def build(model: ir.Model) -> fx.GraphModule:
     module = fx.GraphModule(constants.root, scope.graph)
     module.meta["initializers"] = constants.initializers
     module.meta["inputs"] = inputs
+    module.meta["scales"] = constants.scales
     return module
 
 
@@ -61,7 +62,8 @@ def write_back(module: fx.GraphModule, model: ir.Model) -> ir.Model:
     result = model.clone()
     if result.functions:
         InlinePass()(result)
-    trained = dict(module.named_parameters())
+    codes = set(module.meta["scales"].values())
+    trained = dict(module.named_parameters()) | {k: held for k, held in module.named_buffers() if k in codes}
     values = dict(named(result))
     gone = sorted(names[key] for key in trained if names.get(key) not in values)
     if gone:

@@ -12,6 +12,7 @@ from torch import fx
 
 from graphc import edit
 from graphc.errors import BadInput
+from graphc.fx import codes
 from graphc.fx.dtypes import TRAINABLE, held_dtype, to_tensor
 from graphc.fx.operators import find
 
@@ -53,14 +54,23 @@ class Constants:
         root: The module that holds them.
         initializers: The name of the constant behind each parameter and buffer, by its path in the module.
         values: Buffers that never change, by path: what is computed from them alone can be computed once.
+        scales: The path of the codes by that of each of their scales, where scales are parameters.
     """
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, *, quantized: bool = False) -> None:
         self.root = torch.nn.Module()
         self.initializers: dict[str, str] = {}
         self.values: dict[str, torch.Tensor] = {}
+        self._scales = codes.scales(model) if quantized else {}
+        self._codes = set(self._scales.values())
         self._anchor = ""
         self._names = {value: name for name, value in named(model)}
+
+    @property
+    def scales(self) -> dict[str, str]:
+        paths = {name: path for path, name in self.initializers.items()}
+        named = {self._names[scale]: self._names[held] for scale, held in self._scales.items()}
+        return {paths[scale]: paths[held] for scale, held in named.items() if scale in paths and held in paths}
 
     def place(self, value: ir.Value) -> Any:
         """The Python list or number that a constant is part of the code as, or the path where its tensor now lives."""
@@ -74,10 +84,10 @@ class Constants:
         data = to_tensor(held)
         edit.release(held)
         name = self._names[value]
-        trains = _trains(value, held, data)
+        trains = _floats(held, data) and (value in self._scales or _trains(value, data))
         path = self._register(name, data, trains)
         self.initializers[path] = name
-        if not trains and not value.is_graph_input():
+        if not trains and not value.is_graph_input() and value not in self._codes:
             self.values[path] = data
         return path
 
@@ -124,10 +134,13 @@ def _free(owner: torch.nn.Module, name: str, may_share: Callable[[Any], bool]) -
     return name
 
 
-def _trains(value: ir.Value, held: ir.TensorProtocol, data: torch.Tensor) -> bool:
-    """Whether a constant is a weight: a float constant, no single number, no mask, read as one somewhere."""
-    if held.dtype not in TRAINABLE or data.dim() == 0 or data.numel() == 0:
-        return False
+def _floats(held: ir.TensorProtocol, data: torch.Tensor) -> bool:
+    """Whether gradients can flow to a constant, which is no single number."""
+    return held.dtype in TRAINABLE and data.dim() > 0 and data.numel() > 0
+
+
+def _trains(value: ir.Value, data: torch.Tensor) -> bool:
+    """Whether a float constant is a weight: no mask, read as one somewhere."""
     if not bool(torch.isfinite(data).all()) or bool((data.abs() >= _MASKED).any()):
         return False
     return any(_reads_weight(use.node, use.idx, data) for use in value.uses())

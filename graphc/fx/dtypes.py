@@ -29,7 +29,12 @@ _TORCH = {
     ir.DataType.FLOAT8E5M2FNUZ: torch.float8_e5m2fnuz,
 }
 
-_UNPACKED = {ir.DataType.INT4: torch.int8, ir.DataType.UINT4: torch.uint8}
+_UNPACKED = {
+    ir.DataType.INT2: torch.int8,
+    ir.DataType.UINT2: torch.uint8,
+    ir.DataType.INT4: torch.int8,
+    ir.DataType.UINT4: torch.uint8,
+}
 """Constants of packed integers are held one a byte; nothing computes in them."""
 
 TRAINABLE = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
@@ -51,7 +56,7 @@ def to_tensor(held: ir.TensorProtocol) -> Tensor:
     array = np.array(held.numpy(), order="C")
     dtype = held_dtype(held.dtype)
     if held.dtype in _UNPACKED:
-        array = array.astype(np.int8 if held.dtype == ir.DataType.INT4 else np.uint8)
+        array = array.astype(np.int8 if dtype == torch.int8 else np.uint8)
     elif array.dtype.kind == "V" or array.dtype.name.startswith(("bfloat", "float8")):
         bits = array.view(np.uint8 if array.dtype.itemsize == 1 else np.int16)
         return torch.from_numpy(bits).view(dtype)
@@ -60,6 +65,8 @@ def to_tensor(held: ir.TensorProtocol) -> Tensor:
 
 def to_ir(value: Tensor, like: ir.TensorProtocol) -> ir.TensorProtocol:
     """An ONNX tensor of a torch tensor, in the dtype of another one and under its name."""
-    host = value.detach().cpu().to(torch_dtype(like.dtype)).contiguous()
+    host = value.detach().cpu().to(held_dtype(like.dtype)).contiguous()
+    if like.dtype in _UNPACKED:
+        return ir.tensor(host.numpy().astype(like.dtype.numpy()), dtype=like.dtype, name=like.name)
     bits = host.view(torch.int16) if host.dtype == torch.bfloat16 else host
     return ir.tensor(bits.numpy().view(like.dtype.numpy()).copy(), dtype=like.dtype, name=like.name)
