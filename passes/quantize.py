@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from graphc import shapes
 from graphc.contract import Context, Effect, Needs, Pass, PassResult
-from graphc.quantization import advice, allocation, equalisation, scaling, sharing, speed, static, writing
+from graphc.quantization import advice, allocation, equalisation, ranges, scaling, sharing, speed, static, writing
 from graphc.quantization.allocation import Way
 from graphc.quantization.grid import Grid
 from graphc.quantization.options import Options
@@ -81,18 +81,19 @@ class Quantize(Options):
             equalisation.apply(model, whole, Grid(8 if self.full_range else 7), ctx, result)
         elif self.scaling != "none":
             scaling.apply(model, chosen, self.scaling, self.alpha, ctx, result)
+        options = ranges.chosen(self, model, found, ways, ctx, result)
         if self.limits:
-            ways = sharing.allocated(self, model, found, ways, ctx, result)
+            ways = sharing.allocated(options, model, found, ways, ctx, result)
         if self.rank and not self.keep:
-            losses = sharing.losses(self, model, found, [[way] for way in ways], ctx)
+            losses = sharing.losses(options, model, found, [[way] for way in ways], ctx)
             result.losses = {site.name: row[0] for site, way, row in zip(found, ways, losses, strict=True) if way}
         if self.keep:
-            ways = sharing.kept(self, model, found, ways, ctx, result)
+            ways = sharing.kept(options, model, found, ways, ctx, result)
         if not any(ways):
             result.refuse("", "every layer stays as it is")
             return result
         before = sum(site.held.nbytes for site, way in zip(found, ways, strict=True) if way)
-        after, size = writing.write(self, model, found, ways, ctx, result)
+        after, size = writing.write(options, model, found, ways, ctx, result)
         count = sum(way is not None for way in ways)
         result.note(
             f"quantize: {count} weights of {size:,} elements take {after:,} bytes instead of {before:,}, "

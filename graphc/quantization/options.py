@@ -53,8 +53,10 @@ class Options(Pass):
     correct: bool = option(
         False, "Add to biases what the rounding of weights takes from the outputs' means; calibrated."
     )
-    activations: Literal["minmax", "percentile", "mse", "entropy"] = option(
-        "minmax", "For scheme=static: how the range of an activation is chosen from what calibration saw."
+    activations: Literal["auto", "minmax", "percentile", "mse", "entropy"] = option(
+        "auto",
+        "For scheme=static: how the range of an activation is chosen from what calibration saw; auto: each of the "
+        "others is tried, and the one with which the outputs change least is taken.",
     )
     percentile: float = option(
         99.999, "For activations=percentile: the part of the values that is in the range.", above=50, most=100
@@ -131,4 +133,5 @@ class Options(Pass):
     def plain(self, **options: Any) -> Self:
         """A way to quantize one product as this does it, without what takes long and changes no speed."""
         off = {"rounding": "nearest", "scaling": "none", "clip": "none", "correct": False, "least": 0}
+        off["activations"] = "minmax"
         return dataclasses.replace(self, **{**NO_LIMITS, **off, "include": (), "exclude": (), **options})

@@ -81,10 +81,12 @@ def write(
 
 def _scales(options: Options, model: ir.Model, planned: static.Plan, ctx: Context) -> static.Scales:
     """The scales of the activations of a plan, by calibration."""
+    method = options.activations
+    assert method != "auto"
     requests = {value: RangeOf(value.name or "") for value in planned.calibrated}
     seen = ctx.collect(model, requests.values())
     scales = {
-        value.name or "": activations.scale_of(seen[request], options.activations, options.percentile)
+        value.name or "": activations.scale_of(seen[request], method, options.percentile)
         for value, request in requests.items()
     }
     for value in planned.values:
