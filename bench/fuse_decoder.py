@@ -3,7 +3,8 @@
     PYTHON bench/fuse_decoder.py
 
 makes ``smollm2-decoder.onnx``, one graph with a past that may be empty, and ``smollm2-decode.onnx``, the same for one
-token at a time. ``PYTHON`` is the interpreter of an environment with ``bench/requirements-torch.txt``.
+token at a time, with sizes named as Optimum names them: the mask is as long as the past and the token. ``PYTHON`` is
+the interpreter of an environment with ``bench/requirements-torch.txt``.
 """
 
 from __future__ import annotations
@@ -58,13 +59,16 @@ def make() -> None:
             frontend_folders.export(cache.root() / "smollm2-hf", Path(scratch) / "made", "merged")
             shutil.move(Path(scratch) / "made" / "model.onnx", whole)
     proto = onnx.load(whole)
-    length = next(v for v in proto.graph.input if v.name == "input_ids").type.tensor_type.shape.dim[1].dim_param
-    for value in (*proto.graph.input, *proto.graph.output):
-        for dim in value.type.tensor_type.shape.dim:
+    dims = {value.name: value.type.tensor_type.shape.dim for value in (*proto.graph.input, *proto.graph.output)}
+    length, total = (dims[name][1].dim_param for name in ("input_ids", "attention_mask"))
+    for name, own in dims.items():
+        for dim in own:
             if dim.dim_param == length:
                 dim.dim_value = 1
-            elif length in dim.dim_param.split():
-                dim.ClearField("dim_param")
+            elif dim.dim_param == total or length in dim.dim_param.split():
+                dim.dim_param = "past_sequence_length + 1"
+        if name.startswith("past"):
+            own[2].dim_param = "past_sequence_length"
     del proto.graph.value_info[:]
     partial = cache.model("smollm2-decode").with_suffix(".partial")
     onnx.save(proto, partial)

@@ -15,7 +15,7 @@ from graphc.contract import Context, Effect, Needs, Pass, PassResult, Probe, opt
 from graphc.lowering.cached import counts, untie
 from graphc.lowering.forms import FORMS, STANDARD
 from graphc.lowering.site import Site, write
-from graphc.lowering.timed import models
+from graphc.lowering.timed import copied, copies, models
 from graphc.recognition.graph import Graph
 from graphc.rewrites.base import Refused
 from graphc.shapes.symbolic import Expr
@@ -147,6 +147,7 @@ class Lower(Pass):
         attributes = " ".join(f"{k}={v:g}" for k, v in sorted(site.attributes.items()))
         given = sum(v is not None for v in site.outputs)
         place = " in place" if self._shared(site) else ""
+        place += f", {copies(site)} together" if site.common else ""
         return f"{site.form}({sizes}) {attributes} -> {given} {graph.providers[0]}{place}"
 
     def _shared(self, site: Site) -> dict[str, str]:
@@ -154,7 +155,8 @@ class Lower(Pass):
         if not self.in_place or site.form != "group-query-attention":
             return {}
         return {
-            str(out.name): str(past.name)
+            copied(out.name, number): copied(past.name, number)
+            for number in range(copies(site))
             for out, past in zip(site.outputs[1:], site.inputs[4:6], strict=True)
             if out and past
         }

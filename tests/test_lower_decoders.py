@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -160,7 +161,8 @@ def test_attention_of_one_token_appends_in_place(
         np.testing.assert_allclose(array, wanted[name], rtol=0, atol=1e-5)
 
 
-def test_lengths_are_computed_once_for_all_layers() -> None:
+def two_layers() -> ir.Model:
+    """Two attentions with the same mask."""
     model = decoder()
     (node,) = [n for n in edit.nodes(model) if n.op_type == "Attention"]
     copy = ir.node("Attention", list(node.inputs), dict(node.attributes), num_outputs=3, name="second")
@@ -168,9 +170,43 @@ def test_lengths_are_computed_once_for_all_layers() -> None:
         new.name, new.type, new.shape = f"{old.name}.second", old.type, old.shape
     node.append(copy)
     model.graph.outputs.extend(copy.outputs)
+    return model
+
+
+def test_lengths_are_computed_once_for_all_layers() -> None:
+    model = two_layers()
     Lower(**ONLY).run(model, always(0.5))
     assert operators(model).count("GroupQueryAttention") == 2
     assert operators(model).count("Cast") == 2 and operators(model).count("Expand") == 1
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_layers_share_is_timed_once(in_place: bool) -> None:
+    timed: list[Probe] = []
+
+    def time(probes: Sequence[Probe]) -> dict[str, float]:
+        timed.extend(probes)
+        return {}
+
+    Lower(**ONLY, in_place=in_place, length=9).run(two_layers(), dataclasses.replace(always(0.5), time=time))
+    (probe,) = timed
+    found = operators(probe.after)
+    assert operators(probe.before) == ["Attention"] * 8
+    assert found.count("GroupQueryAttention") == 8 and found.count("Expand") == found.count("Squeeze") == 1
+    inputs = dict(probe.inputs)
+    assert len(inputs) == 1 + 8 * 5 and {v.name for v in probe.after.graph.inputs} == set(inputs)
+    wanted = run(probe.before, inputs)
+    session = runtime.session(probe.after, optimise=True, threads=1)
+    found_without = session.run(inputs)
+    for name, array in wanted.items():
+        np.testing.assert_allclose(found_without[name], array, rtol=0, atol=1e-5)
+    assert len(probe.shared) == (16 if in_place else 0)
+    if in_place:
+        bound = session.in_place(inputs, probe.shared)
+        bound.run({})
+        for name, array in bound.results().items():
+            array = array[:, :, :10] if name in probe.shared else array
+            np.testing.assert_allclose(array, wanted[name], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ def group_query(node: ir.Node, graph: Graph) -> Site | None:
         outputs,
         attributes,
         steps=tuple(steps),
+        common=(mask,) if sum(edit.is_op(use.node, "Attention") for use in mask.uses()) > 1 else (),
     )
 
 

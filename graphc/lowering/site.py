@@ -31,6 +31,8 @@ class Site:
         reader: A node that reads its first output and stays; it is timed with it.
         typical: The sizes to time it with, the last axes of each value, where the model's own do not matter.
         steps: The operators that take their place, where they are several; ``operator`` is then the main one.
+        common: The inputs that many such places share. What depends on nothing else is computed once for all of them,
+            and timed so.
     """
 
     form: str
@@ -43,6 +45,7 @@ class Site:
     reader: ir.Node | None = None
     typical: tuple[int, ...] = ()
     steps: tuple[Step, ...] = ()
+    common: tuple[ir.Value, ...] = ()
 
 
 def write(site: Site, graph: Graph) -> None:

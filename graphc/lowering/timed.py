@@ -19,7 +19,20 @@ _SMALL = 1 << 18
 """Bytes of weights up to which a cache holds them anyway."""
 
 _MOST = 16
-"""Copies of a site at most."""
+"""Copies of a site with weights at most."""
+
+_MANY = 8
+"""Copies of a site that shares inputs with others."""
+
+
+def copies(site: Site) -> int:
+    """How many copies of a site are timed together, with inputs of their own but for those that all share."""
+    return _MANY if site.common else 1
+
+
+def copied(name: str | None, number: int) -> str:
+    """The name that a value has in a copy of a site."""
+    return f"{name}.{number}" if number and name else name or ""
 
 
 def models(
@@ -28,12 +41,14 @@ def models(
     """The standard operators of a site, and what may take their place, as two models with the same inputs.
 
     Args:
-        site: The place. One with weights is written several times, each with weights of its own.
+        site: The place. One with weights is written several times, each with weights of its own, and so is one that
+            shares inputs with others (see ``copies``).
         graph: The graph that it is in.
         cases: Each gives the shape of each value to time it with.
 
     Returns:
-        Both models, and the shape of each input in each case; sizes that the graph leaves open are open there, too.
+        Both models, and the shape of each input in each case, by name (see ``copied``); sizes that the graph leaves
+        open are open there, too.
     """
     nodes = (*reversed(site.nodes), *([site.reader] if site.reader is not None else []))
     standard = [Step(n.op_type, tuple(n.inputs), tuple(n.outputs), dict(n.attributes), n.domain) for n in nodes]
@@ -49,31 +64,41 @@ def models(
     held = {value: tensor for value in outer if (tensor := edit.tensor(value)) and tuple(tensor.shape) == feeds[value]}
     feeds = {value: own for value, own in feeds.items() if value not in held}
     size = sum(tensor.nbytes for tensor in held.values())
-    times = min(_MOST, -(-_COLD // size)) if size > _SMALL else 1
+    times = min(_MOST, -(-_COLD // size)) if size > _SMALL else copies(site)
+    own = [value for value in feeds if site.common and value not in site.common]
 
     def build(written: Sequence[Step]) -> ir.Model:
-        inputs = {value: _input(value, own, graph) for value, own in feeds.items()}
+        inputs = {value: _input(value, shape, graph) for value, shape in feeds.items()}
+        several = list(inputs.values())
+        once = {value: inputs[value] for value in feeds if value not in own}
         constants: list[ir.Value] = []
         results: list[ir.Value] = []
         ops: list[ir.Node] = []
         for number in range(times):
-            known = dict(inputs)
+            known = {**inputs, **once}
+            if number:
+                known |= {value: _input(value, feeds[value], graph, number) for value in own}
+                several += [known[value] for value in own]
             for value, tensor in [*held.items(), *_new(written)]:
                 if value not in known:
                     known[value] = _constant(f"{value.name}.{number}", tensor)
                     constants.append(known[value])
             for step in written:
+                if all(value in once for value in step.outputs):
+                    continue
                 read = [None if v is None else known[v] for v in step.inputs]
                 node = ir.node(step.operator, read, step.attributes, domain=step.domain, num_outputs=len(step.outputs))
                 for new, old in zip(node.outputs, step.outputs, strict=True):
-                    new.name = f"{old.name}.{number}" if number and old.name else old.name
+                    new.name = copied(old.name, number)
                     known[old] = new
                 ops.append(node)
+                if site.common and all(v is None or v in once or v.const_value is not None for v in step.inputs):
+                    once |= {old: known[old] for old in step.outputs}
             for value in wanted:
                 known[value].type = ir.TensorType(graph.dtype(value) or ir.DataType.FLOAT)
                 results.append(known[value])
         body = ir.Graph(
-            list(inputs.values()),
+            several,
             results,
             nodes=ops,
             initializers=constants,
@@ -82,7 +107,9 @@ def models(
         )
         return ir.Model(body, ir_version=10)
 
-    named = [{str(value.name): own for value, own in each.items() if value not in held} for each in sizes]
+    named = [
+        {copied(value.name, n): each[value] for n in range(times) for value in (own if n else feeds)} for each in sizes
+    ]
     return build(standard), build([*steps, *kept]), named
 
 
@@ -98,10 +125,11 @@ def _constant(name: str, held: ir.TensorProtocol) -> ir.Value:
     return ir.Value(name=name, type=ir.TensorType(held.dtype), shape=shape, const_value=held)
 
 
-def _input(value: ir.Value, own: Sequence[int], graph: Graph) -> ir.Value:
+def _input(value: ir.Value, own: Sequence[int], graph: Graph, number: int = 0) -> ir.Value:
     """An input of a model to be timed: its sizes are numbers where the graph has them."""
     known: Shape | None = graph.dims(value)
     if known is None or len(known) != len(own):
         known = None
     sizes = [size if known is not None and isinstance(known[i], int) else None for i, size in enumerate(own)]
-    return ir.Value(name=value.name, type=ir.TensorType(graph.dtype(value) or ir.DataType.FLOAT), shape=ir.Shape(sizes))
+    kind = ir.TensorType(graph.dtype(value) or ir.DataType.FLOAT)
+    return ir.Value(name=copied(value.name, number), type=kind, shape=ir.Shape(sizes))
