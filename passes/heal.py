@@ -30,9 +30,6 @@ RATES = {"all": 1e-3, "bias-norm": 3e-3, "lora": 3e-3, "codes": 1e-3}
 may need ``GENTLER`` times that."""
 GENTLER = 0.1
 
-_ROWS, _TOKENS = 32, 2048
-"""The rows of a step, and the most tokens that they may have together."""
-
 
 @dataclass(frozen=True)
 class Heal(Pass):
@@ -164,7 +161,7 @@ class Heal(Pass):
         student, teacher = to_torch(_tapped(model, names), quantized=True), to_torch(_tapped(original, names))
 
         from graphc.healing.objective import Objective
-        from graphc.healing.training import Plan, Trainer
+        from graphc.healing.training import Plan, Trainer, batch_of
         from graphc.healing.weights import Weights
 
         objective = Objective(
@@ -181,7 +178,7 @@ class Heal(Pass):
             minutes=self.minutes,
             rate=self.learning_rate or RATES[parts],
             warmup=self.warmup,
-            batch=self.batch or _batch(samples[0]),
+            batch=self.batch or batch_of(samples[0]),
             decay=self.weight_decay,
             clip=self.clip,
             held_out=self.held_out,
@@ -240,12 +237,6 @@ def _tapped(model: ir.Model, names: Sequence[str]) -> ir.Model:
     made = {v.name: v for node in clone.graph for v in node.outputs}
     clone.graph.outputs.extend(made[name] for name in names)
     return clone
-
-
-def _batch(sample: Arrays) -> int:
-    """The rows of a step: fewer where each is a long text."""
-    length = max((a.shape[1] for a in sample.values() if a.ndim == 2 and a.dtype.kind in "iu"), default=1)
-    return max(1, min(_ROWS, _TOKENS // max(length, 1)))
 
 
 def _device(name: str) -> torch.device:

@@ -22,7 +22,7 @@ from graphc.fx import to_torch  # noqa: E402
 from graphc.healing import points, training  # noqa: E402
 from graphc.healing.objective import Objective  # noqa: E402
 from graphc.healing.weights import Weights  # noqa: E402
-from graphc.passes.heal import GENERATED, RATES, Heal, _batch  # noqa: E402
+from graphc.passes.heal import GENERATED, RATES, Heal  # noqa: E402
 from graphc.passes.prune import Prune  # noqa: E402
 from graphc.passes.shrink import Shrink  # noqa: E402
 
@@ -308,9 +308,9 @@ def test_outputs_are_compared_as_what_they_hold(last: str, kind: str) -> None:
 
 
 def test_long_texts_make_small_batches() -> None:
-    assert _batch({"image": np.zeros((16, 1, 28, 28), np.float32)}) == 32
-    assert _batch({"input_ids": np.zeros((1, 512), np.int64)}) == 4
-    assert _batch({"input_ids": np.zeros((1, 5000), np.int64)}) == 1
+    assert training.batch_of({"image": np.zeros((16, 1, 28, 28), np.float32)}) == 32
+    assert training.batch_of({"input_ids": np.zeros((1, 512), np.int64)}) == 4
+    assert training.batch_of({"input_ids": np.zeros((1, 5000), np.int64)}) == 1
 
 
 def test_hidden_states_of_both_models_are_found() -> None:

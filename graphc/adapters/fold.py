@@ -17,11 +17,8 @@ from graphc.adapters.grids import Grid, Tensors, grid
 from graphc.adapters.places import Placed
 from graphc.edit import Array
 from graphc.errors import BadInput
-from graphc.rewrites.base import Rewriter, dims
-from graphc.rewrites.weights import LAZY, reading
-
-_PIECE = 1 << 20
-"""Elements of a weight that are in float64 at a time."""
+from graphc.rewrites import weights
+from graphc.rewrites.base import Rewriter
 
 
 @dataclass
@@ -129,21 +126,15 @@ def changed(
         BadInput: Values overflow, as far as that can be seen without reading a big float32 weight.
     """
 
-    def compute() -> ir.TensorProtocol:
-        with reading(held) as stored:
-            new = np.empty(stored.shape, stored.dtype)
-            _into(_canonical(new, flipped, shape), _canonical(stored, flipped, shape), jobs)
-            del stored
-        return ir.Tensor(new, dtype=held.dtype, name=name)
+    def compute(stored: Array) -> Array:
+        new = np.empty(stored.shape, stored.dtype)
+        _into(_canonical(new, flipped, shape), _canonical(stored, flipped, shape), jobs)
+        return new
 
-    small = held.size < LAZY
-    if small or held.dtype == ir.DataType.FLOAT16:
-        tensor = compute()
-        if not np.isfinite(tensor.numpy().astype(np.float64)).all():
-            raise BadInput(f"'{name}' with its adapter does not fit in {held.dtype.name.lower()}")
-        if small:
-            return tensor
-    return ir.LazyTensor(compute, dtype=held.dtype, shape=ir.Shape(dims(held)), cache=False, name=name)
+    tensor = weights.changed(held, compute, name)
+    if tensor is None:
+        raise BadInput(f"'{name}' with its adapter does not fit in {held.dtype.name.lower()}")
+    return tensor
 
 
 def _canonical(stored: Array, flipped: bool, shape: tuple[int, int]) -> Array:
@@ -155,7 +146,7 @@ def _into(new: Array, old: Array, jobs: Iterable[Job]) -> None:
     """Write the rows of the changed matrix."""
 
     def pieces() -> Iterator[Piece]:
-        for rows in chunks(old.shape[0], old.shape[1], _PIECE):
+        for rows in chunks(old.shape[0], old.shape[1], weights.PIECE):
             yield rows, old[rows].astype(np.float64)
 
     ready = [job.prepared(pieces) for job in jobs]

@@ -31,6 +31,9 @@ SAVE_EVERY = 60.0
 REMEMBERED = 1 << 28
 """Bytes of the original's outputs that are kept, so that it runs each case once."""
 
+ROWS, TOKENS = 32, 2048
+"""The rows of a step, and the most tokens that they may have together."""
+
 MOST_HELD_OUT = 64
 """Cases that are held out at most: each is run at every evaluation."""
 
@@ -295,6 +298,12 @@ class Trainer:
     def _resumed(self, leaves: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> State | None:
         entry = self.store.get(self.name) if self.store is not None else None
         return None if entry is None else _load(entry, leaves, optimizer)
+
+
+def batch_of(sample: Arrays) -> int:
+    """The rows of a step where none are given: fewer where each is a long text."""
+    length = max((a.shape[1] for a in sample.values() if a.ndim == 2 and a.dtype.kind in "iu"), default=1)
+    return max(1, min(ROWS, TOKENS // max(length, 1)))
 
 
 class _Order:

@@ -10,11 +10,8 @@ import onnx_ir as ir
 
 from graphc.edit import Array
 from graphc.lora.branch import Path
-from graphc.rewrites.base import Refused, dims
-from graphc.rewrites.weights import LAZY, reading
-
-_PIECE = 1 << 20
-"""Elements of a weight that are in float64 at a time."""
+from graphc.rewrites.base import Refused
+from graphc.rewrites.weights import PIECE, changed
 
 
 @dataclass(frozen=True)
@@ -71,28 +68,22 @@ def updated(
         Refused: Values overflow, as far as that can be seen without reading a big float32 weight.
     """
 
-    def compute() -> ir.TensorProtocol:
+    def compute(array: Array) -> Array:
         factors = [update.factors() for update in updates]
-        with reading(held) as array:
-            new = np.empty(array.shape, array.dtype)
-            old, made = array.reshape(len(array), -1), new.reshape(len(array), -1)
-            rows = max(1, _PIECE // old.shape[1])
-            for i in range(0, len(old), rows):
-                piece = old[i : i + rows].astype(np.float64)
-                if factor is not None:
-                    piece *= factor[i : i + rows] if factor.ndim and len(factor) > 1 else factor
-                for update, (left, right) in zip(updates, factors, strict=True):
-                    piece += (update.scale * left[i : i + rows]) @ right
-                with np.errstate(over="ignore"):
-                    made[i : i + rows] = piece.astype(array.dtype)
-            del array, old
-        return ir.Tensor(new, dtype=held.dtype, name=name)
+        new = np.empty(array.shape, array.dtype)
+        old, made = array.reshape(len(array), -1), new.reshape(len(array), -1)
+        rows = max(1, PIECE // old.shape[1])
+        for i in range(0, len(old), rows):
+            piece = old[i : i + rows].astype(np.float64)
+            if factor is not None:
+                piece *= factor[i : i + rows] if factor.ndim and len(factor) > 1 else factor
+            for update, (left, right) in zip(updates, factors, strict=True):
+                piece += (update.scale * left[i : i + rows]) @ right
+            with np.errstate(over="ignore"):
+                made[i : i + rows] = piece.astype(array.dtype)
+        return new
 
-    small = held.size < LAZY
-    if small or held.dtype == ir.DataType.FLOAT16:
-        tensor = compute()
-        if not np.isfinite(tensor.numpy().astype(np.float64)).all():
-            raise Refused(f"the folded weight does not fit in {held.dtype.name.lower()}")
-        if small:
-            return tensor
-    return ir.LazyTensor(compute, dtype=held.dtype, shape=ir.Shape(dims(held)), cache=False, name=name)
+    tensor = changed(held, compute, name)
+    if tensor is None:
+        raise Refused(f"the folded weight does not fit in {held.dtype.name.lower()}")
+    return tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +16,9 @@ from graphc.rewrites.base import Refused, dims
 LAZY = 1 << 18
 """Elements from which a new weight is computed when it is read (saved), not now."""
 
+PIECE = 1 << 20
+"""Elements of a weight that are in float64 at a time."""
+
 _RANGE = (1e-18, 1e18)
 """Factors within which float32 weights of any sensible size neither overflow nor lose digits."""
 
@@ -25,6 +28,34 @@ def reading(tensor: ir.TensorProtocol) -> Iterator[Array]:
     """The values of a tensor; what was mapped for it is released afterwards."""
     yield tensor.numpy()
     edit.release(tensor)
+
+
+def changed(held: ir.TensorProtocol, compute: Callable[[Array], Array], name: str) -> ir.TensorProtocol | None:
+    """What a weight becomes, in its dtype and shape; a big one when it is read.
+
+    Args:
+        held: The weight.
+        compute: Makes of its values the new ones, of the same dtype and shape.
+        name: The name of the new tensor.
+
+    Returns:
+        None where values overflow, as far as that can be seen without reading a big float32 weight.
+    """
+
+    def make() -> ir.TensorProtocol:
+        with reading(held) as array:
+            new = compute(array)
+            del array
+        return ir.Tensor(new, dtype=held.dtype, name=name)
+
+    small = held.size < LAZY
+    if small or held.dtype == ir.DataType.FLOAT16:
+        tensor = make()
+        if not np.isfinite(tensor.numpy().astype(np.float64)).all():
+            return None
+        if small:
+            return tensor
+    return ir.LazyTensor(make, dtype=held.dtype, shape=ir.Shape(dims(held)), cache=False, name=name)
 
 
 def scaled(source: ir.TensorProtocol, factor: Array, name: str) -> ir.TensorProtocol:
