@@ -113,9 +113,14 @@ class Tvm(Backend):
 
     def unrealised(self, path: Path) -> Sequence[str]:
         manifest = json.loads((path / "graphc.json").read_text(encoding="utf-8"))
-        found: dict[str, int] = manifest["runtime"]["floats"]
+        floats: dict[str, int] = manifest["runtime"]["floats"]
+        plain: dict[str, tuple[int, str]] = manifest["runtime"]["plain"]
         return [
-            f"weights stored as floats instead of the codes that the model has: {n} ({why})" for why, n in found.items()
+            *(
+                f"weights stored as floats instead of the codes that the model has: {n} ({w})"
+                for w, n in floats.items()
+            ),
+            *(f"loops that TVM makes, one number at a time: {n} of {name} ({w})" for name, (n, w) in plain.items()),
         ]
 
 

@@ -64,9 +64,10 @@ def try_out(
         loaded = settings.target.load(emitted, frugal=not timed)
         if settings.verify:
             _compare(loaded, checker, source, report, samples)
-        if timed:
+        if timed or loaded.shapes:
             progress("reading back", 0, 0)
             _read_back(emitted, settings, report)
+        if timed:
             progress("measuring", 0, 0)
             _time(loaded, samples, source, settings, report, latency)
         elif settings.measure:

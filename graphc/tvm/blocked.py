@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from graphc.tvm import tied
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 SMALLEST = 4
@@ -60,7 +62,7 @@ def blocked(module: Any, lanes: int) -> Any:
     body = pack.visit_expr(function.body)
     module = pack.builder_.get()
     module["main"] = relax.Function(function.params, body, function.ret_ty, function.is_pure, function.attrs)
-    return relax.transform.Normalize()(module)
+    return tied.shared(relax.transform.Normalize()(module), blocks)
 
 
 def in_blocks(weight: Array, lanes: int) -> Array:

@@ -163,6 +163,7 @@ def _flat(nest: Nest, block: Any, shared: list[int], rows: list[int], vector: in
     A tile of rows may begin in one row of a picture and end in the next. Of several axes TVM would take the box around
     such a tile, and store what was not computed.
     """
+    from tvm import tirx
     from tvm.tirx import IndexMap
 
     extents, kinds = nest.extents(block), nest.kinds(block)
@@ -175,7 +176,7 @@ def _flat(nest: Nest, block: Any, shared: list[int], rows: list[int], vector: in
         raise NotThis
 
     def places(at: dict[int, Any]) -> list[Any]:
-        row: Any = 0
+        row: Any = tirx.const(0, "int64")
         for i in rows:
             row = row * extents[i] + at[i]
         return [*(at[i] for i in shared), row, at[vector]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -43,12 +44,16 @@ def emit(
     models = lowered(model, shapes)
     weights, parity = build.TensorFile(folder / "weights.bin"), build.TensorFile(folder / "parity.bin")
     described = []
+    plain: dict[str, tuple[int, str]] = {}
     for number, (each, static, simple) in enumerate(models):
         progress("compiling", number, len(models))
         module = build.prepare(importer.to_relax(simple, target), target)
         choices = tune.tune(module, target, budget.part(len(models)), progress) if budget else {}
         gpu = target.kind.name == "cuda"
-        module = cuda.schedule(module, target) if gpu else schedule.schedule(module, target, choices)
+        if gpu:
+            module = cuda.schedule(module, target)
+        else:
+            plain |= _by_operator(schedule.schedule(module, target, choices))
         module, held = build.detach(module)
         library = "model.so" if number == 0 else f"model.{number}.so"
         build.link(module, target, folder / library)
@@ -70,8 +75,18 @@ def emit(
         "device": "cuda" if target.kind.name == "cuda" else "cpu",
         "buckets": described,
         "floats": models[0][2].meta["floats"],
+        "plain": {operator: [count, why] for operator, (count, why) in sorted(plain.items())},
         "data": {"weights.bin": weights.tensors, "parity.bin": parity.tensors},
     }
+
+
+def _by_operator(kept: Mapping[str, str]) -> dict[str, tuple[int, str]]:
+    """How many functions there are of an operator, and why; TVM names them by operators and numbers."""
+    found: dict[str, tuple[int, str]] = {}
+    for name, why in kept.items():
+        operator = re.sub(r"\d+(?=_|$)", "", name).removeprefix("fused_")
+        found[operator] = found.get(operator, (0, ""))[0] + 1, why
+    return found
 
 
 def lowered(model: ir.Model, shapes: Sequence[str]) -> list[tuple[fix.Sizes, ir.Model, ir.Model]]:

@@ -28,20 +28,25 @@ def functions(module: Any) -> list[tuple[Any, Any]]:
     ]
 
 
-def schedule(module: Any, target: Any, choices: Mapping[str, Choice] | None = None) -> Any:
-    """Give every function of a module loops that suit the target; on others than a CPU it stays as it is.
+def schedule(module: Any, target: Any, choices: Mapping[str, Choice] | None = None) -> dict[str, str]:
+    """Give every function of a module loops that suit a processor.
 
     Args:
         module: Changed in place.
-        target: A TVM target.
+        target: A TVM target, a processor.
         choices: What a tuner found, by function name.
+
+    Returns:
+        Why functions keep the loops that they had, by name.
     """
-    if target.kind.name != "llvm":
-        return module
-    machine = Machine.of(target)
+    machine, kept = Machine.of(target), {}
     for name, function in functions(module):
-        module[name] = scheduled(function, machine, (choices or {}).get(name.name_hint, RULED))
-    return module
+        better = scheduled(function, machine, (choices or {}).get(name.name_hint, RULED))
+        if better is function:
+            kept[name.name_hint] = _why(function)
+        else:
+            module[name] = better
+    return kept
 
 
 def scheduled(function: Any, machine: Machine, choice: Choice = RULED) -> Any:
@@ -49,13 +54,30 @@ def scheduled(function: Any, machine: Machine, choice: Choice = RULED) -> Any:
     from tvm import s_tir
 
     for rule in (_blocks, _each):
-        work = s_tir.Schedule(function)
         try:
+            work = s_tir.Schedule(function)
             rule(Nest(work, machine, choice))
         except Exception:  # TVM's refusals are of many kinds
             continue
         return work.mod["main"].with_attr("tirx.is_scheduled", True)
     return function
+
+
+def _why(function: Any) -> str:
+    """Why no rule takes a function."""
+    from tvm import s_tir
+
+    try:
+        nest = Nest(s_tir.Schedule(function), Machine(1, 1, 1))
+        blocks = nest.blocks()
+    except Exception:  # there is no root block
+        return "TVM writes it as one piece"
+    try:
+        for block in blocks:
+            nest.extents(block)
+    except TypeError:
+        return "its sizes are known at run time only"
+    return "no rule fits its loops"
 
 
 def _blocks(nest: Nest) -> None:
