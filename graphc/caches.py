@@ -19,7 +19,7 @@ _PLACES = {
 
 def pairs(model: ir.Model) -> dict[str, str]:
     """The output that each cache becomes, by the name of the input."""
-    return {str(past.name): str(present.name) for past, present, _ in _pairs(model.graph)}
+    return {str(past.name): str(present.name) for past, present, _ in joins(model)}
 
 
 def in_place(model: ir.Model) -> bool:
@@ -28,13 +28,24 @@ def in_place(model: ir.Model) -> bool:
     ONNX Runtime's GroupQueryAttention does that where past and present are bound to the same buffer; nothing else may
     read the past, whose length would be that of the buffer.
     """
-    found = list(_pairs(model.graph))
+    found = list(joins(model))
     readers = {use.node for past, _, _ in found for use in past.uses()}
     return bool(found) and all(edit.is_op(node, "GroupQueryAttention", domain=_CONTRIB) for node in readers)
 
 
-def _pairs(graph: ir.Graph) -> Iterator[tuple[ir.Value, ir.Value, ir.Node]]:
-    for node in graph:
+def name_presents(model: ir.Model) -> None:
+    """Let every Attention with a past give what it becomes, read or not: without, ONNX Runtime does not run it."""
+    names = edit.Names(model)
+    for node in edit.nodes(model):
+        if edit.is_op(node, "Attention") and len(node.inputs) > 5 and node.inputs[4] is not None:
+            node.resize_outputs(max(3, len(node.outputs)))
+            for value in node.outputs[1:3]:
+                value.name = value.name or names.fresh(f"{node.name}.present")
+
+
+def joins(model: ir.Model) -> Iterator[tuple[ir.Value, ir.Value, ir.Node]]:
+    """Each cache: the input, the output that it becomes, and the operator that joins what is new."""
+    for node in model.graph:
         places: tuple[tuple[int, int], ...] = _PLACES.get((node.domain.replace("ai.onnx", ""), node.op_type), ())
         if edit.is_op(node, "Concat") and len(node.inputs) == 2 and edit.attribute(node, "axis", 0) in (2, -2):
             places = ((0, 0),)

@@ -248,6 +248,9 @@ class Pass(abc.ABC):
     """Whether the pass has a part that is safe on a model that cannot be run here (it then looks at
     ``Context.checkable``); the runner does not call other passes on such a model."""
 
+    retypes: ClassVar[bool] = False
+    """Whether inputs and outputs may get other dtypes: graphs that hand them to each other would have to agree."""
+
     timed_on: ClassVar[tuple[str, ...]] = ("onnxruntime",)
     """The targets that its probes are models for; on others nothing is timed for it."""
 

@@ -100,7 +100,7 @@ class Judge:
         from graphc import runtime
         from graphc.checking import inputs
 
-        self._progress = progress
+        self._progress, self._reference = progress, reference
         session = self._session(reference)
 
         def runs(arrays: Arrays) -> bool:
@@ -142,9 +142,10 @@ class Judge:
         Raises:
             BadInput: The candidate does not run, or a metric cannot be computed from these outputs.
         """
-        from graphc.checking.interface import renames
+        from graphc.checking.interface import as_came, renames
         from graphc.checking.metrics import metric
 
+        candidate = as_came(self._reference, candidate)
         # As its users run it: of integer weights, the runtime's kernels may round activations as well.
         found = self._outputs(self._session(candidate, optimise=True), "running the candidate", candidate)
         wanted: Sequence[Mapping[str, Any]] = self._wanted

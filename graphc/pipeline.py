@@ -187,6 +187,13 @@ def run(
             "and each is pruned by itself",
             hint="leave allow-interface out",
         )
+    if loaded.others and (pass_ := next((each for each in settings.recipe.passes if each.retypes), None)):
+        raise BadInput(
+            f"'{pass_.name}' is for one graph",
+            why=f"{' and '.join(part.name for part in loaded.parts)} hand each other what they compute, "
+            "and each would get scales of its own",
+            hint="--kv-cache merged makes one graph of a decoder",
+        )
     if loaded.others and output is not None and artifact.is_file(output):
         raise BadInput(
             f"the model becomes {len(loaded.parts)} graphs, which one file cannot hold",

@@ -177,13 +177,18 @@ class Runner:
             context = dataclasses.replace(context, time=self._timed)
         if not (wanted.statistics or wanted.calibration) or self.calibration is None:
             return context
+        from graphc.checking.interface import fitting
+
         calibration = self.calibration()
         self._warn(calibration.notes)
+        samples = calibration.samples
+        if samples and fitting(model, samples[0]) is not samples[0]:
+            samples = [fitting(model, sample) for sample in samples]
         return dataclasses.replace(
             context,
             statistics=calibration.collect(model, wanted.statistics),
             collect=calibration.collect,
-            calibration=calibration.samples,
+            calibration=samples,
             labels=calibration.labels,
         )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graphc import compiled, measure
-from graphc.checking.interface import Array, fitting, renames
+from graphc.checking.interface import Array, fitting
 from graphc.contract import Arrays, Runnable, no_progress
 from graphc.errors import BadInput, CheckFailed, NotHere
 from graphc.gate import Gate
@@ -15,8 +15,6 @@ from graphc.model import nbytes
 from graphc.views.units import seconds, size
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from graphc.checking import Checker
     from graphc.frontends import Source
     from graphc.report import Report
@@ -145,13 +143,11 @@ def _time(
     latency: Sequence[Gate],
 ) -> None:
     assert report.model is not None
-    if renames(report.model) is None:
-        runs = compiled.fitting(samples, loaded)
-        sample = runs[0] if runs else measure.sample(compiled.reference(report.model, loaded), settings.seed)
-    else:
-        # Both run on what the model as it came reads; the output takes what it still has.
-        sample = samples[0] if samples else measure.sample(source.original, settings.seed)
-        loaded = _Fed(loaded, report.model)
+    runs = compiled.fitting(samples, loaded)
+    sample = runs[0] if runs else measure.sample(compiled.reference(source.original, loaded), settings.seed)
+    fed = fitting(report.model, sample)
+    if fed is not sample:
+        loaded = _Fed(loaded, fed)
     found = measure.against(source.original, loaded, sample)
     if found is None:
         if latency:
@@ -169,19 +165,19 @@ def _time(
 
 
 class _Fed(Runnable):
-    """Runs a model with fewer inputs on those of the model as it came.
+    """Runs a model with fewer inputs, or others, on what becomes of those of the model as it came.
 
     Args:
         inner: The model, loaded.
-        model: What it was emitted from.
+        fed: What it runs on, whatever it is given.
     """
 
-    def __init__(self, inner: Runnable, model: ir.Model) -> None:
-        self._inner, self._model = inner, model
+    def __init__(self, inner: Runnable, fed: Arrays) -> None:
+        self._inner, self._fed = inner, fed
         self.provider = inner.provider
 
     def run(self, inputs: Arrays) -> dict[str, Array]:
-        return self._inner.run(fitting(self._model, inputs))
+        return self._inner.run(self._fed)
 
 
 def _hold(gate: Gate, value: float, before: float, show: Callable[[float], str]) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from graphc import runtime
 from graphc.checking.closeness import Closeness, NoiseMeter, guessed_noise
-from graphc.checking.noise import GAIN, contraction_length, noisy, steps
+from graphc.checking.grids import steps
+from graphc.checking.noise import GAIN, contraction_length, noisy
 
 pytest.importorskip("onnxruntime")
 

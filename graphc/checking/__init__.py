@@ -37,9 +37,10 @@ from graphc.checking.closeness import (
     is_float,
     relative,
 )
+from graphc.checking.grids import codes, steps
 from graphc.checking.inputs import Case
-from graphc.checking.interface import difference
-from graphc.checking.noise import GAIN, noisy, steps
+from graphc.checking.interface import as_came, difference
+from graphc.checking.noise import GAIN, noisy
 from graphc.checking.taps import Tapped, tapped
 from graphc.contract import Arrays, Runnable, no_progress
 from graphc.errors import BadInput
@@ -147,6 +148,7 @@ class Checker:
         self._random: dict[str, str] = {}
         self._limits: list[str] = []
         self._taps: frozenset[str] = frozenset()
+        self._codes: frozenset[str] = frozenset()
 
     def cases(self) -> list[Case]:
         """The inputs on which candidates are compared; empty if nothing can be checked."""
@@ -177,6 +179,8 @@ class Checker:
                 runnable = candidate
             else:
                 model = models.load(candidate) if isinstance(candidate, Path) else candidate
+                if self._model is not None:
+                    model = as_came(self._model, model)
                 if self._model is not None and (changed := difference(self._model, model)):
                     return Comparison(False, bool(expected), changed)
                 if expected:
@@ -208,7 +212,7 @@ class Checker:
             for name in (each.outputs | outputs).keys() - self._random.keys():
                 if name in taps and not (name in each.outputs and name in outputs):
                     continue
-                closeness = found.setdefault(name, Closeness(name, self._runs))
+                closeness = found.setdefault(name, Closeness(name, self._runs, name in self._codes))
                 if name not in outputs:
                     closeness.fail(case, "is missing")
                 elif name not in each.outputs:
@@ -261,7 +265,7 @@ class Checker:
     def _run_reference(self, model: ir.Model) -> list[_Expected]:
         # One session after the other: each has its own copy of the weights where the runtime repacks them.
         session = self._session(model, False)
-        self._taps = session.names
+        self._taps, self._codes = session.names, codes(model)
         expected = self._given(session) if self._data else self._made(model, session)
         if not expected:
             return []

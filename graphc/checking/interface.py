@@ -2,6 +2,7 @@
 
 A lossy pass may be allowed to take inputs and outputs away (the caches of layers that go) and to number the others
 anew. The model then says in its metadata what they were called, so that it can be run on data for the model as it came.
+Caches may become 8-bit codes, whose scales the model has.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+
+from graphc import cache_codes
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -44,10 +47,31 @@ def renames(model: ir.Model) -> dict[str, str] | None:
 def fitting(model: ir.Model, arrays: Mapping[str, Array]) -> Mapping[str, Array]:
     """Inputs for the model as it came, as those that it has now."""
     old = renames(model)
-    if old is None:
+    if old is not None:
+        names = [v.name or "" for v in model.graph.inputs]
+        arrays = {name: arrays[old.get(name, name)] for name in names if old.get(name, name) in arrays}
+    wanted = {v.name: v.dtype.numpy() for v in model.graph.inputs if v.dtype not in (None, ir.DataType.STRING)}
+    other = {name: wanted[name] for name, array in arrays.items() if wanted.get(name, array.dtype) != array.dtype}
+    if not other:
         return arrays
-    names = [v.name or "" for v in model.graph.inputs]
-    return {name: arrays[old.get(name, name)] for name in names if old.get(name, name) in arrays}
+    scales = cache_codes.scales(model)
+    return {**arrays, **{name: _as(arrays[name], dtype, scales.get(name)) for name, dtype in other.items()}}
+
+
+def _as(array: Array, dtype: np.dtype[Any], scale: Array | None) -> Array:
+    """Floats as codes of a cache or as other floats; what is neither stays."""
+    if array.dtype.kind != "f":
+        return array
+    if scale is not None:
+        return cache_codes.encoded(array, scale)
+    return array.astype(dtype) if dtype.kind not in "iub" else array
+
+
+def as_came(reference: ir.Model, candidate: ir.Model) -> ir.Model:
+    """A candidate; one that takes and gives floats, where its caches are codes and those of the reference are not."""
+    dtypes = {v.name: v.dtype for v in (*reference.graph.inputs, *reference.graph.outputs)}
+    old, values = renames(candidate) or {}, (*candidate.graph.inputs, *candidate.graph.outputs)
+    return cache_codes.with_floats(candidate, {n: dtypes.get(old.get(n, n)) for v in values if (n := v.name)})
 
 
 def difference(reference: ir.Model, candidate: ir.Model) -> str:

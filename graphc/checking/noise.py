@@ -52,7 +52,6 @@ _FUNCTIONS = frozenset({
     "Tan",
 })
 # fmt: on
-_GRIDS = frozenset({"Ceil", "DynamicQuantizeLinear", "Floor", "QuantizeLinear", "Round"})
 # Runtimes approximate these with an error relative to their range, which is about 1, not to the result.
 _BOUNDED = frozenset({"Cos", "Erf", "HardSigmoid", "Sigmoid", "Sin", "Tanh"})
 # These have such functions inside, next to others.
@@ -103,15 +102,6 @@ def noisy(model: ir.Model, *, gain: float = GAIN, seed: int = 0) -> ir.Model:
                 random = _random_nodes(value, size, number, opset)
                 _disturb(graph, value, dtype, random, names, shift=-size if absolute else 1 - size, absolute=absolute)
     return copy
-
-
-def steps(model: ir.Model) -> bool:
-    """Whether values are rounded to a grid inside the model.
-
-    Then rounding errors do not make the outputs drift but jump, now and then: stronger errors make more jumps, not
-    larger ones, so that the variance of the outputs grows with the size of the errors and not with its square.
-    """
-    return any(node.op_type in _GRIDS or node.op_type.startswith("QLinear") for node in edit.nodes(model))
 
 
 def _inferred(model: ir.Model) -> dict[str | None, ir.DataType]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from graphc import edit
+from graphc.lowering import coded
 from graphc.lowering.site import DOMAIN, Site
 from graphc.lowering.steps import Step, between, constant, ints
 from graphc.recognition.graph import Graph
@@ -36,6 +38,7 @@ def group_query(node: ir.Node, graph: Graph) -> Site | None:
     heads, fewer = edit.attribute(node, "q_num_heads", 0), edit.attribute(node, "kv_num_heads", 0)
     if not heads or not fewer:
         raise Refused("its heads are an axis, and GroupQueryAttention has them as an attribute")
+    codes = coded.find(node, graph)
     q, k, v, mask, past = node.inputs[:5]
     shapes = [graph.dims(value) for value in (q, k, v, past)]
     if q is None or past is None or any(shape is None for shape in shapes):
@@ -53,7 +56,16 @@ def group_query(node: ir.Node, graph: Graph) -> Site | None:
     assert mask is not None
     attributes = {"num_heads": heads, "kv_num_heads": fewer, "causal": 0}
     attributes |= {name: edit.attribute(node, name) for name in ("scale", "softcap") if name in node.attributes}
-    outputs = tuple(node.outputs[:3])
+    outputs, pasts, nodes = tuple(node.outputs[:3]), tuple(node.inputs[4:6]), (node,)
+    scales: tuple[ir.Value | None, ...] = ()
+    kinds: dict[str, Any] = {}
+    if codes is not None:
+        k, v = (each.new for each in codes)
+        pasts, outputs = tuple(each.past for each in codes), (node.outputs[0], *(each.present for each in codes))
+        scales = (None, *(constant(f"{each.past.name}.scale", ir.tensor(each.scale)) for each in codes))
+        kinds = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+        before, behind = (tuple(n for each in codes for n in getattr(each, part)) for part in ("before", "after"))
+        nodes = (*reversed(behind), node, *reversed(before))
     lengths, total, steps = _lengths(mask, q, graph)
     added, results, after = mask, outputs, list[Step]()
     if graph.dtype(mask) == ir.DataType.BOOL:
@@ -62,9 +74,9 @@ def group_query(node: ir.Node, graph: Graph) -> Site | None:
     steps += [
         Step(
             "GroupQueryAttention",
-            (q, k, v, past, node.inputs[5], lengths, total, None, None, None, added),
+            (q, k, v, *pasts, lengths, total, None, None, None, added, *scales),
             results,
-            attributes,
+            attributes | kinds,
             DOMAIN,
         ),
         *after,
@@ -72,8 +84,8 @@ def group_query(node: ir.Node, graph: Graph) -> Site | None:
     return Site(
         "group-query-attention",
         "GroupQueryAttention",
-        (node,),
-        tuple(node.inputs),
+        nodes,
+        (q, k, v, mask, *pasts),
         outputs,
         attributes,
         steps=tuple(steps),

@@ -103,7 +103,7 @@ def load(name):
 
 def empty(value, batch):
     """A cache that holds nothing yet."""
-    kind = {"tensor(float16)": np.float16}.get(value.type, np.float32)
+    kind = {"tensor(float16)": np.float16, "tensor(int8)": np.int8}.get(value.type, np.float32)
     return ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, value.shape[1], 0, value.shape[3]), kind))
 
 

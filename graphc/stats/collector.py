@@ -23,6 +23,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from graphc import caches
 from graphc.cache import Store, key
 from graphc.contract import Arrays, no_progress
 from graphc.errors import BadInput, nearest
@@ -155,6 +156,7 @@ class Collector:
     def _forward(self, model: ir.Model, requests: Sequence[Request[Any]]) -> Callable[[int], dict[str, Array]]:
         """A function that runs one sample and gives the tapped values."""
         from graphc import runtime
+        from graphc.checking.interface import fitting
 
         wanted = list(dict.fromkeys(name for request in requests for name in request.values()))
         fed = {v.name for v in model.graph.inputs}
@@ -167,7 +169,7 @@ class Collector:
         read = set(session.input_names)
 
         def run(i: int) -> dict[str, Array]:
-            sample = self.samples[i]
+            sample = fitting(model, self.samples[i])
             given = {name: sample[name] for name in wanted if name in sample}
             return given | session.run({name: array for name, array in sample.items() if name in read})
 
@@ -197,6 +199,7 @@ def with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
     graph.outputs.clear()
     graph.outputs.extend(by_name[name] for name in names)
     RemoveUnusedNodesPass()(copy)
+    caches.name_presents(copy)
     return copy
 
 

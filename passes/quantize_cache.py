@@ -1,0 +1,105 @@
+"""Keys and values of the past in 8-bit codes: a quarter of what a decoder with a cache holds for each token."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import ClassVar, Literal
+
+import onnx_ir as ir
+
+from graphc import caches, shapes
+from graphc.contract import Context, Effect, Needs, Pass, PassResult, option
+from graphc.errors import BadInput, nearest
+from graphc.quantization import allocation, cached
+from graphc.quantization.cached import Cache
+
+
+@dataclass(frozen=True)
+class QuantizeCache(Pass):
+    """Let a decoder's inputs and outputs for keys and values be int8, with scales from calibration.
+
+    New keys and values are rounded before they are joined to the past, in standard operators; whoever runs the model
+    starts with an empty int8 cache and hands it on as it comes, as ``run.py`` of an artifact does. The runtime makes
+    floats of the whole past for each token, which takes time; where ``lower`` may write ONNX Runtime's own operators,
+    GroupQueryAttention reads the codes instead. It comes after ``recognise`` and before ``lower``.
+    """
+
+    effect: ClassVar[Effect] = Effect.LOSSY
+    retypes: ClassVar[bool] = True
+
+    scales: Literal["channel", "head"] = option("channel", "What has a scale of its own.")
+    keep: int = option(
+        0, "How many layers keep their type, those that rounding changes most first; what the gate raises.", least=0
+    )
+    include: tuple[str, ...] = option((), "Patterns of names of inputs or outputs to look at; all if none is given.")
+    exclude: tuple[str, ...] = option((), "Patterns of names of inputs or outputs to leave alone.")
+
+    def needs(self, model: ir.Model) -> Needs:
+        return Needs(calibration=True)
+
+    def caveats(self, model: ir.Model, ctx: Context) -> Iterable[str]:
+        """What is known beforehand: that only ONNX Runtime's own operator reads codes."""
+        if ctx.target.name == "onnxruntime" and ctx.target.portable and caches.pairs(model):
+            yield (
+                "quantize-cache: in standard operators the whole past becomes floats for each token: the cache is "
+                "smaller, and slower; -t 'onnxruntime{portable=false}' lets lower write what reads codes"
+            )
+
+    def levels(self, model: ir.Model) -> Sequence[Pass]:
+        """More and more layers kept."""
+        copy = model.clone()
+        shapes.infer(copy)
+        count = len(cached.units(self._named(cached.find(copy, PassResult()))))
+        return [dataclasses.replace(self, keep=n) for n in allocation.steps(self.keep, count)]
+
+    def run(self, model: ir.Model, ctx: Context) -> PassResult:
+        result = PassResult()
+        shapes.infer(model)
+        found = self._named(cached.find(model, result))
+        if not found:
+            return result
+        seen = cached.moments(model, found, ctx)
+        scales = {cache: cached.scale(cache, seen[cache], self.scales == "channel") for cache in found}
+        losses = {cache: cached.loss(cache, seen[cache], scales[cache]) for cache in found}
+        result.losses = {cache.name: value for cache, value in losses.items()}
+        worst = sorted(cached.units(found), key=lambda unit: -max(losses[cache] for cache in unit))
+        for cache in (cache for unit in worst[: self.keep] for cache in unit):
+            result.refuse(cache.past, f"one of the {self.keep} layers whose cache rounding changes most stays as it is")
+            del scales[cache]
+        if not scales:
+            result.refuse("", "every cache stays as it is")
+            return result
+        cached.write(model, scales)
+        result.change("cache in 8-bit codes, which are inputs and outputs now", len(scales))
+        sizes = [cache.heads * cache.channels for cache in scales]
+        left = [4 * cache.heads * cache.channels for cache in found if cache not in scales]
+        before, after = 4 * sum(sizes) + sum(left), sum(sizes) + sum(left)
+        result.note(
+            f"quantize-cache: the cache takes {after:,} bytes a token instead of {before:,}; callers start with an "
+            f"empty int8 cache: '{next(iter(scales)).name}' is int8 now, and so on"
+        )
+        return result
+
+    def _named(self, found: Sequence[Cache]) -> list[Cache]:
+        """Those that options name."""
+        names = {cache: (cache.name, str(cache.present.name)) for cache in found}
+        for which, patterns in (("include", self.include), ("exclude", self.exclude)):
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for each in names.values() for name in each):
+                    raise BadInput(
+                        f"no cache is called '{pattern}'",
+                        where=f"quantize-cache{{{which}}}",
+                        hint=nearest(pattern.strip("*"), [name for each in names.values() for name in each]),
+                    )
+
+        def any_of(cache: Cache, patterns: Sequence[str]) -> bool:
+            return any(fnmatchcase(name, pattern) for pattern in patterns for name in names[cache])
+
+        return [
+            cache
+            for cache in found
+            if (not self.include or any_of(cache, self.include)) and not any_of(cache, self.exclude)
+        ]
