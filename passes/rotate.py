@@ -22,7 +22,7 @@ class Rotate(Pass):
     Large weights and activations of single channels are spread over all, so that few bits lose less (QuaRot): for
     ``quantize``, which comes after it. The axes are those that nothing but products, sums and RMS normalisation meets;
     gains of normalisations go into the weights behind them first. A head that is tied to an embedding stays tied: the
-    last gain becomes a small matrix, ``*.turned``, which ``quantize`` had better exclude. Zeros are filled: prune and
+    last gain becomes a small matrix, ``*.turned``, which ``quantize`` leaves as it is. Zeros are filled: prune and
     ``shrink`` before. It does not help every model: one whose gains already hold large channels down loses by it.
     """
 

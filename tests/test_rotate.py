@@ -183,3 +183,22 @@ def test_a_real_mixture_of_experts(tmp_path: Path) -> None:
     (done,) = [each for each in report.passes if each.name == "rotate"]
     assert "width of 128 turned" in done.changes and not done.rolled_back
     assert done.changes[0].startswith("gain folded into weights")
+
+
+def test_a_gain_that_became_a_matrix_is_not_quantized() -> None:
+    """It is known by what it is, a symmetric matrix behind a normalisation, whatever it is called."""
+    reason = "it is the gain of a normalisation, turned by rotate: few weights, through which all that follows goes"
+    model = decoder()
+    rotated(model)
+    (gain,) = [value for name, value in model.graph.initializers.items() if name.endswith(".turned")]
+    gain.name = "anything"
+    result = Quantize(least=0).run(model, CONTEXT)
+    assert reason in {refusal.reason for refusal in result.refusals} and gain.dtype == ir.DataType.FLOAT
+    assert result.changes == ["weight stored in int8 (×3)"]
+    plain = decoder()
+    plain.graph.initializers["up"].const_value = ir.tensor(normal(24, 40))
+    assert reason not in {refusal.reason for refusal in Quantize(least=0).run(plain, CONTEXT).refusals}
+    square = build(
+        "f = RMSNormalization(x, g) y = MatMul(f, w)", "float[N,8] x", "float[N,8] y", 23, g=normal(8), w=normal(8, 8)
+    )
+    assert reason not in {refusal.reason for refusal in Quantize(least=0).run(square, CONTEXT).refusals}

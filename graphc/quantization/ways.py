@@ -11,6 +11,7 @@ from graphc.quantization.granularity import Granularity
 from graphc.quantization.grid import Grid
 from graphc.quantization.options import Options
 from graphc.quantization.sites import Site
+from graphc.rotation import gains
 
 EMBEDDED = 32
 """Elements of a row of an embedding that share a scale, if it has fewer than 8 bits and nothing else is asked for."""
@@ -76,4 +77,6 @@ def why_not(options: Options, site: Site, way: Way | None, version: int) -> str:
         return f"it needs opset {needed}, the model has {version}"
     if not rounding.finite(site.held):
         return "it holds NaN or infinity"
+    if gains.turned(site.uses) and len(site.readers) == 1:
+        return "it is the gain of a normalisation, turned by rotate: few weights, through which all that follows goes"
     return ""
