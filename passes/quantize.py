@@ -11,7 +11,18 @@ import onnx_ir as ir
 
 from graphc import shapes
 from graphc.contract import Context, Effect, Needs, Pass, PassResult
-from graphc.quantization import advice, allocation, equalisation, ranges, scaling, sharing, speed, static, writing
+from graphc.quantization import (
+    advice,
+    allocation,
+    equalisation,
+    flattening,
+    ranges,
+    scaling,
+    sharing,
+    speed,
+    static,
+    writing,
+)
 from graphc.quantization.allocation import Way
 from graphc.quantization.grid import Grid
 from graphc.quantization.options import Options
@@ -61,6 +72,9 @@ class Quantize(Options):
             shapes.infer(model)
             first = sites_of(self, model, PassResult())
             result.change("MatMul and Add became Gemm", static.as_gemm(model, first))
+        if self.scaling == "flatten":
+            split = [site for site in sites_of(self, model, PassResult()) if integers(self, site)]
+            flattening.apply(model, split, self.extra, ctx, result)
         found = sites_of(self, model, result)
         version = model.graph.opset_imports.get("", 0)
         ways: list[Way | None] = []
@@ -79,7 +93,7 @@ class Quantize(Options):
         if self.scaling == "channels":
             whole = [site for site, _ in chosen if integers(self, site)]
             equalisation.apply(model, whole, Grid(8 if self.full_range else 7), ctx, result)
-        elif self.scaling != "none":
+        elif self.scaling in ("smooth", "awq"):
             scaling.apply(model, chosen, self.scaling, self.alpha, ctx, result)
         options = ranges.chosen(self, model, found, ways, ctx, result)
         if self.limits:

@@ -41,11 +41,14 @@ class Options(Pass):
         "gradient of the loss by what becomes of it, which needs torch.",
     )
     sequential: bool = option(False, "For rounding=gptq: collect each layer's inputs from quantized layers before it.")
-    scaling: Literal["none", "smooth", "awq", "channels"] = option(
+    scaling: Literal["none", "smooth", "awq", "channels", "flatten"] = option(
         "none",
         "Move scales from activations to weights first, which is exact: SmoothQuant, AWQ's search, or, for "
-        "scheme=static, channels brought to like ranges through Relu, sums, pooling and depthwise convolutions; "
-        "calibrated.",
+        "scheme=static, channels brought to like ranges through Relu, sums, pooling and depthwise convolutions; or "
+        "flatten, for dynamic and static: split channels that stand out into several (FlattenQuant); calibrated.",
+    )
+    extra: float = option(
+        0.125, "For scaling=flatten: the part of its channels that an activation may grow by.", least=0, most=1
     )
     alpha: float = option(
         0.5, "For scaling=smooth: how much of the activation's range moves, from 0 to 1.", least=0, most=1
@@ -119,6 +122,8 @@ class Options(Pass):
             )
         if self.scaling == "channels" and self.scheme != "static":
             raise BadInput("scaling=channels is for scheme=static", where=where, hint="smooth or awq")
+        if self.scaling == "flatten" and self.scheme == "weights":
+            raise BadInput("scaling=flatten is for activations", where=where, hint="scheme=dynamic, or static")
         if len(self.limits) > 1:
             raise BadInput("budget, megabytes and time are three ways to limit the same", where=where, hint="give one")
         for kind in self.kinds:
