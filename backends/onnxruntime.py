@@ -30,6 +30,16 @@ class OnnxRuntime(Backend):
     portable: bool = option(True, "emit only standard operators, which every ONNX runtime has")
     threads: int = option(0, "threads within an operator; 0 lets ONNX Runtime choose")
 
+    def check(self, model: ir.Model) -> None:
+        here = self.capabilities().providers
+        if here and self.provider not in here:
+            raise BadInput(
+                f"'{self.provider}' does not start on this machine",
+                where="-t onnxruntime{provider}",
+                why=f"ONNX Runtime starts {', '.join(here)} here; what is emitted could be neither checked nor timed",
+                hint="build where the device and its ONNX Runtime are, or leave provider out: the file runs there, too",
+            )
+
     def capabilities(self) -> Capabilities:
         from dataclasses import replace
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,13 @@ import onnx.reference
 import onnx_ir as ir
 import pytest
 
+from graphc import pipeline, runtime
+from graphc.backends.onnxruntime import OnnxRuntime
 from graphc.contract import Capabilities, Context
+from graphc.errors import BadInput
+from graphc.model import save
 from graphc.passes.cast import Cast
+from graphc.passes.quantize import Quantize
 from graphc.quantization import rounding
 from graphc.quantization.granularity import Granularity
 from graphc.quantization.grid import Grid
@@ -70,6 +77,8 @@ def test_integers_are_valid_onnx(options: dict[str, Any]) -> None:
         ({"scheme": "static"}, (CUDA, CPU), "the CUDA provider has no products in 8-bit integers"),
         ({"scheme": "dynamic"}, (CPU,), ""),
         ({"bits": 4, "block": 32}, (CUDA, CPU), ""),
+        ({"bits": 2}, (CPU,), "codes of int2 are in ONNX from opset 25 on, and the model has 21: weights stay"),
+        ({"bits": 2, "symmetric": False}, (CUDA, CPU), "codes of uint2 are in ONNX from opset 25 on"),
         ({"bits": 4, "block": 48}, (CPU,), "in blocks of a power of two; others are slower"),
         ({"scheme": "dynamic", "full_range": True}, (CPU,), "overflow on CPUs without VNNI"),
     ],
@@ -77,8 +86,6 @@ def test_integers_are_valid_onnx(options: dict[str, Any]) -> None:
 def test_what_is_pointless_on_a_target_is_said_before(
     options: dict[str, Any], providers: tuple[str, ...], said: str
 ) -> None:
-    from graphc.passes.quantize import Quantize
-
     found = list(Quantize(**options).caveats(mlp(), target(*providers)))
     assert any(said in text for text in found) if said else not found, found
 
@@ -105,7 +112,47 @@ def test_tiny_and_huge_weights_in_a_model(scheme: str, size: float) -> None:
 
 
 def test_a_context_without_a_target_says_the_same_as_a_cpu() -> None:
-    from graphc.passes.quantize import Quantize
-
     each = Quantize(form="float8e5m2")
     assert list(each.caveats(mlp(), CONTEXT)) == list(each.caveats(mlp(), target(CPU)))
+
+
+@pytest.mark.parametrize("provider", [CUDA, "TensorrtExecutionProvider", "NoSuchProvider"])
+@pytest.mark.parametrize("recipe", ["cast", "quantize{form=float8e4m3fn}"])
+def test_a_device_that_is_not_here_is_refused_before_any_work(
+    tmp_path: Path, provider: str, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if provider in runtime.capabilities().providers:
+        pytest.skip("it is here")
+    monkeypatch.setattr(Quantize, "run", None)
+    monkeypatch.setattr(Cast, "run", None)
+    save(mlp(), tmp_path / "in.onnx")
+    device = OnnxRuntime(provider=provider)
+    for out in (None, tmp_path / "out.onnx", tmp_path / "out"):
+        with pytest.raises(BadInput, match=f"'{provider}' does not start on this machine"):
+            pipeline.optimize(tmp_path / "in.onnx", out, recipe=recipe, target=device)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.onnx"]
+
+
+@pytest.mark.parametrize("recipe", ["cast", "cast,quantize{form=float8e5m2 least=0}"])
+def test_what_is_for_other_devices_is_valid_onnx(tmp_path: Path, recipe: str) -> None:
+    """Of what is made for accelerators, types, operators and sizes can be checked without one."""
+    save(mlp(), tmp_path / "in.onnx")
+    report = pipeline.optimize(tmp_path / "in.onnx", tmp_path / "out.onnx", recipe=recipe, measure=False, cache=False)
+    proto = onnx.load(tmp_path / "out.onnx")
+    onnx.checker.check_model(proto, full_check=True)
+    found = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
+    kind = onnx.TensorProto.FLOAT16
+    products = [node.output[0] for node in proto.graph.node if node.op_type in ("MatMul", "Gemm")]
+    types = {v.name: v.type.tensor_type.elem_type for v in (*found.graph.value_info, *found.graph.output)}
+    assert products and {types[name] for name in products} == {kind}
+    assert report.ok
+
+
+def test_an_artifact_for_a_device_that_is_not_here_is_not_loaded(tmp_path: Path) -> None:
+    if CUDA in runtime.capabilities().providers:
+        pytest.skip("it is here")
+    model = mlp()
+    Cast().run(model, CONTEXT)
+    (tmp_path / "graphc.json").write_text(json.dumps({"runtime": OnnxRuntime(provider=CUDA).emit(model, tmp_path)}))
+    with pytest.raises(BadInput, match=CUDA):
+        OnnxRuntime().load(tmp_path)

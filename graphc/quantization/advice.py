@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from graphc.contract import Capabilities
+from graphc.quantization.grid import Grid
 from graphc.quantization.options import Options
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -23,6 +24,13 @@ def notes(options: Options, model: ir.Model, target: Capabilities) -> Iterator[s
     cpu = not target.providers or target.providers[0] == CPU
     cuda = bool(target.providers) and target.providers[0] == CUDA
     kinds = {node.op_type for node in model.graph}
+    grid, version = Grid(options.bits, options.symmetric, options.form), model.graph.opset_imports.get("", 0)
+    if options.scheme == "weights" and not options.limits and version < grid.opset:
+        yield (
+            f"codes of {grid.dtype.name.lower()} are in ONNX from opset {grid.opset} on, and the model has {version}: "
+            f"weights stay as they are; {'bits=3 needs' if grid.form == 'int' else 'integers need'} opset 21"
+        )
+        return
     if options.form != "int" and cpu:
         yield "8-bit floats have no products on a CPU: the model is smaller and slower; scheme=dynamic is fast there"
     if options.scheme == "weights" and options.form == "int" and cpu:
