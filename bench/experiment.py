@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from graphc import runtime
+from graphc.checking.interface import fitting
+from graphc.model import load
 from graphc.runtime import timing
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -94,6 +96,7 @@ def timed(sample: Mapping[str, Array], dense: Path, path: Path, seconds: float) 
     models = {
         name: runtime.session(file, optimise=True, threads=1) for name, file in (("dense", dense), ("variant", path))
     }
-    found = timing.measure(models, sample, seconds=seconds)["variant"]
+    fed = {name: fitting(load(file), sample) for name, file in (("dense", dense), ("variant", path))}
+    found = timing.measure(models, fed, seconds=seconds)["variant"]
     span = [round(found.ratio_low, 3), round(found.ratio_high, 3)]
     return {"latency": round(found.ratio, 3), "latency_span": span, "load": round(os.getloadavg()[0], 1)}

@@ -5,21 +5,18 @@ from __future__ import annotations
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import cache
 import numpy as np
 import quality
 import quality_encoder
 import quality_lm
+import quantization_cache
+from quantization_experiment import Array, Experiment, Samples
 
 from graphc import runtime
-
-Array = np.ndarray[Any, np.dtype[Any]]
-Samples = Sequence[Any]
 
 PICTURES = {
     ("scikit-image==0.25.2", "24cc986e1f4187a12aa319f777b36008764e856e5013666a4a83f8df083c2641"): (
@@ -36,32 +33,6 @@ PICTURES = {
     ),
 }
 """Wheels (for CPython 3.11 on x86-64) with photographs: for calibration, and for testing."""
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A model with its data.
-
-    Attributes:
-        model: The file.
-        calibration: Samples.
-        quality: The quality of a model file on held-out data, given that of the prepared one.
-        metric: What that is.
-        sample: The inputs that latency is measured with.
-        variants: Their names.
-        recipe: The exact passes that come first, once for all variants; if there are none, graphc's variants have all
-            of them.
-        about: What else a reader has to know.
-    """
-
-    model: Path
-    calibration: Callable[[], Samples]
-    quality: Callable[[Path, Path], float]
-    metric: str
-    sample: Mapping[str, Array]
-    variants: Sequence[str]
-    recipe: str = "simplify,fuse"
-    about: str = ""
 
 
 BLOCKS_OF_32 = ("graphc int4/32", "graphc int4/32 gptq", "ort int4/32", "ort int4/32 hqq")
@@ -276,5 +247,6 @@ EXPERIMENTS: dict[str, Callable[[Path], Experiment]] = {
     "ppocr-rec": _ppocr,
     "smollm2": _smollm2,
     "smollm2-decode": _decode,
+    "smollm2-cache": quantization_cache.experiment,
     "tiny_mixtral": _mixtral,
 }

@@ -24,7 +24,8 @@ from typing import Any
 
 import process
 from experiment import timed
-from quantization_models import EXPERIMENTS, Experiment, Samples
+from quantization_experiment import Experiment, Samples
+from quantization_models import EXPERIMENTS
 
 from graphc import pipeline
 
@@ -49,6 +50,9 @@ GRAPHC = {
     "graphc int4/128 gptq, guided": "quantize{bits=4 block=128 rounding=gptq clip=mse guide=loss}",
     "graphc int4-8/128 gptq, guided": "quantize{bits=4 block=128 rounding=gptq clip=mse guide=loss budget=5.5 "
     "choices=[4 8] sensitivity=loss}",
+    "graphc int8 cache": "quantize-cache",
+    "graphc int8 cache, by head": "quantize-cache{scales=head}",
+    "graphc int8 cache and weights": "quantize-cache,quantize",
     "graphc int4/128 asymmetric gptq": "quantize{bits=4 block=128 symmetric=false rounding=gptq clip=mse}",
 }
 
@@ -127,7 +131,7 @@ def make(experiment: Experiment, variant: str, source: Path, target: Path) -> No
         PEERS[variant](source, target, experiment.calibration() if needs else [])
         return
     recipe = GRAPHC[variant] if experiment.recipe else f"{EXACT},{GRAPHC[variant]}"
-    calibrated = "static" in recipe or "gptq" in recipe
+    calibrated = "static" in recipe or "gptq" in recipe or "cache" in recipe
     samples = experiment.calibration() if calibrated else None
     runtime_only = "onnxruntime{portable=false}" if "lower-int8" in recipe else "onnxruntime"
     report = pipeline.optimize(

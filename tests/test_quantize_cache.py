@@ -23,8 +23,10 @@ from graphc.errors import BadInput
 from graphc.model import save
 from graphc.passes.lower import Lower
 from graphc.passes.quantize_cache import QuantizeCache
+from graphc.recipe import Recipe
 from graphc.stats import Collector
 from tests import test_recognise_cache, test_run_script
+from tests.fragments.foreign_export import FOLDER
 from tests.test_fuse import build, operators, reasons
 from tests.test_lower import always
 from tests.test_lower_decoders import ONLY, decoder, example
@@ -34,7 +36,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def calibrated(samples: list[Arrays]) -> Context:
-    return dataclasses.replace(CONTEXT, collect=Collector(samples, []).collect, calibration=samples)
+    return dataclasses.replace(CONTEXT, collect=Collector(samples, []).collect, calibration=samples, data=samples)
 
 
 def quantized(model: ir.Model, samples: list[Arrays], **options: Any) -> tuple[ir.Model, PassResult]:
@@ -215,6 +217,40 @@ def test_channels_and_heads_without_anything() -> None:
     inputs["k"][:] = np.nan
     with pytest.raises(BadInput, match="has NaN or infinity"):
         quantized(model, [inputs])
+
+
+def test_a_past_that_was_made_up_says_nothing() -> None:
+    model = decoder(new="S")
+    inputs = prompts(model, 0, 2, 3, 4)
+    inputs["past_k"] *= 100
+    made = dataclasses.replace(calibrated([inputs]), data=())
+    for ctx, largest in ((made, np.abs(inputs["k"]).max()), (calibrated([inputs]), np.abs(inputs["past_k"]).max())):
+        after = model.clone()
+        QuantizeCache().run(after, ctx)
+        np.testing.assert_allclose(cache_codes.scales(after)["k1"].max() * 127, largest, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["optimum-gpt2-past", "optimum-llama-past"])
+def test_decoders_of_another_exporter(name: str) -> None:
+    """A prompt, and the tokens after it with the past that the model itself gave."""
+    model = frontends.load(FOLDER / f"{name}.onnx").model
+    for each in Recipe.parse("simplify,fuse,recognise,simplify").passes:
+        each.run(model, CONTEXT)
+    shapes = {v.name: [d if isinstance(d, int) else 0 for d in v.shape] for v in model.graph.inputs}
+    past = {n: np.zeros((2, *s[1:]), np.float32) for n, s in shapes.items() if n.startswith("past")}
+    ids = np.random.default_rng(0).integers(0, 20, (2, 24))
+    prompt = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(24)[None].repeat(2, 0)}
+    prompt |= past
+    found = run(model, prompt)
+    after = {"input_ids": ids[:, :2], "attention_mask": np.ones((2, 26), np.int64)}
+    after |= {"position_ids": np.array([[24, 25]] * 2)} | {k: found[v] for k, v in caches.pairs(model).items()}
+    coded, result = quantized(model, [prompt, after])
+    assert result.changes == ["cache in 8-bit codes, which are inputs and outputs now (×2)"] and not result.refusals
+    floats = as_came(model, coded)
+    for inputs in (prompt, after):
+        wanted = run(model, inputs)
+        for output, array in run(floats, inputs).items():
+            assert np.abs(array - wanted[output]).max() < 0.02 * np.abs(wanted[output]).max(), output
 
 
 def two_layers() -> tuple[ir.Model, list[Arrays]]:

@@ -99,11 +99,14 @@ def _why_not(cache: Cache, joined: Sequence[tuple[ir.Value, ir.Value, ir.Node]])
 
 
 def moments(model: ir.Model, found: Sequence[Cache], ctx: Context) -> dict[Cache, Moments]:
-    """Moments of the channels of each cache, new and past, ``(heads * channels,)``; what is new without padding."""
+    """Moments of the channels of each cache, ``(heads * channels,)``: of what is new, without padding, and of the past.
+
+    Where inputs were made to fit, their past is none that the model would have, and is left out.
+    """
     copy, names = model.clone(), edit.Names(model)
     values = {v.name: v for node in copy.graph for v in node.outputs} | {v.name: v for v in copy.graph.inputs}
     requests: dict[Cache, list[MomentsOf]] = {cache: [] for cache in found}
-    for cache, value in [(each, values[v.name]) for each in found for v in (each.new, each.past)]:
+    for cache, value in [(each, values[v.name]) for each in found for v in (each.new, each.past)[: 1 + bool(ctx.data)]]:
         if value.shape is not None and len(value.shape) == 4:
             shape = np.array([0, 0, cache.heads * cache.channels])
             turned = ir.node("Transpose", [value], {"perm": (0, 2, 1, 3)})
@@ -116,9 +119,10 @@ def moments(model: ir.Model, found: Sequence[Cache], ctx: Context) -> dict[Cache
         requests[cache].append(MomentsOf(str(value.name)))
     statistics = ctx.collect(copy, {each for wanted in requests.values() for each in wanted})
     seen = {}
-    for cache, (new, past) in requests.items():
+    for cache, (new, *past) in requests.items():
         seen[cache] = dataclasses.replace(statistics[new])
-        seen[cache].merge(statistics[past])
+        for each in past:
+            seen[cache].merge(statistics[each])
     return seen
 
 
