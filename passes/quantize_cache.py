@@ -6,12 +6,14 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
 from graphc import caches, shapes
 from graphc.contract import Context, Effect, Needs, Pass, PassResult, option
+from graphc.edit import Array
 from graphc.errors import BadInput, nearest
 from graphc.quantization import allocation, cached
 from graphc.quantization.cached import Cache
@@ -24,7 +26,8 @@ class QuantizeCache(Pass):
     New keys and values are rounded before they are joined to the past, in standard operators; whoever runs the model
     starts with an empty int8 cache and hands it on as it comes, as ``run.py`` of an artifact does. The runtime makes
     floats of the whole past for each token, which takes time; where ``lower`` may write ONNX Runtime's own operators,
-    GroupQueryAttention reads the codes instead. It comes after ``recognise`` and before ``lower``.
+    GroupQueryAttention reads the codes instead. It comes after ``recognise`` and before ``lower``. A graph that reads
+    one token at a time is not calibrated well: let another graph be, and give what it became as ``like``.
     """
 
     effect: ClassVar[Effect] = Effect.LOSSY
@@ -34,11 +37,19 @@ class QuantizeCache(Pass):
     keep: int = option(
         0, "How many layers keep their type, those that rounding changes most first; what the gate raises.", least=0
     )
+    like: Path | None = option(  # noqa: RUF009
+        None, "An .onnx file with such a cache, of the same weights: scales are read there, and nothing is calibrated."
+    )
     include: tuple[str, ...] = option((), "Patterns of names of inputs or outputs to look at; all if none is given.")
     exclude: tuple[str, ...] = option((), "Patterns of names of inputs or outputs to leave alone.")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.like is not None and self.keep:
+            raise BadInput("layers are kept by calibration", where=self.name, hint="leave keep or like out")
+
     def needs(self, model: ir.Model) -> Needs:
-        return Needs(calibration=True)
+        return Needs(calibration=self.like is None)
 
     def caveats(self, model: ir.Model, ctx: Context) -> Iterable[str]:
         """What is known beforehand: that only ONNX Runtime's own operator reads codes."""
@@ -50,6 +61,8 @@ class QuantizeCache(Pass):
 
     def levels(self, model: ir.Model) -> Sequence[Pass]:
         """More and more layers kept."""
+        if self.like is not None:
+            return (self,)
         copy = model.clone()
         shapes.infer(copy)
         count = len(cached.units(self._named(cached.find(copy, PassResult()))))
@@ -61,14 +74,7 @@ class QuantizeCache(Pass):
         found = self._named(cached.find(model, result))
         if not found:
             return result
-        seen = cached.moments(model, found, ctx)
-        scales = {cache: cached.scale(cache, seen[cache], self.scales == "channel") for cache in found}
-        losses = {cache: cached.loss(cache, seen[cache], scales[cache]) for cache in found}
-        result.losses = {cache.name: value for cache, value in losses.items()}
-        worst = sorted(cached.units(found), key=lambda unit: -max(losses[cache] for cache in unit))
-        for cache in (cache for unit in worst[: self.keep] for cache in unit):
-            result.refuse(cache.past, f"one of the {self.keep} layers whose cache rounding changes most stays as it is")
-            del scales[cache]
+        scales = cached.read(self.like, found, result) if self.like else self._calibrated(model, found, ctx, result)
         if not scales:
             result.refuse("", "every cache stays as it is")
             return result
@@ -82,6 +88,20 @@ class QuantizeCache(Pass):
             f"empty int8 cache: '{next(iter(scales)).name}' is int8 now, and so on"
         )
         return result
+
+    def _calibrated(
+        self, model: ir.Model, found: Sequence[Cache], ctx: Context, result: PassResult
+    ) -> dict[Cache, Array]:
+        """Scales of the caches that become codes."""
+        seen = cached.moments(model, found, ctx, result)
+        scales = {cache: cached.scale(cache, seen[cache], self.scales == "channel") for cache in found}
+        losses = {cache: cached.loss(cache, seen[cache], scales[cache]) for cache in found}
+        result.losses = {cache.name: value for cache, value in losses.items()}
+        worst = sorted(cached.units(found), key=lambda unit: -max(losses[cache] for cache in unit))
+        for cache in (cache for unit in worst[: self.keep] for cache in unit):
+            result.refuse(cache.past, f"one of the {self.keep} layers whose cache rounding changes most stays as it is")
+            del scales[cache]
+        return scales
 
     def _named(self, found: Sequence[Cache]) -> list[Cache]:
         """Those that options name."""

@@ -253,6 +253,30 @@ def test_decoders_of_another_exporter(name: str) -> None:
             assert np.abs(array - wanted[output]).max() < 0.02 * np.abs(wanted[output]).max(), output
 
 
+def test_scales_of_another_graph_of_the_model(tmp_path: Path) -> None:
+    """A graph for single tokens takes those that whole texts gave."""
+    whole = decoder(new="S")
+    texts = [prompts(whole, seed, 2, 9, 0) for seed in range(2)]
+    coded, _ = quantized(whole, texts)
+    save(coded, tmp_path / "whole.onnx")
+    one = decoder()
+    after, result = quantized(one, [], like=tmp_path / "whole.onnx")
+    assert result.changes == ["cache in 8-bit codes, which are inputs and outputs now (×2)"] and not result.refusals
+    for name, scale in cache_codes.scales(coded).items():
+        np.testing.assert_array_equal(cache_codes.scales(after)[name], scale)
+    lonely = example(one, 0, 0)
+    _, result = quantized(one, [lonely])
+    assert "scales come from single tokens without a past" in " ".join(result.notes)
+    assert "single tokens" not in " ".join(quantized(one, [example(one, 0, 5)])[1].notes)
+    save(one, tmp_path / "one.onnx")
+    with pytest.raises(BadInput, match="no cache of the model is in codes"):
+        quantized(one, [], like=tmp_path / "one.onnx")
+    with pytest.raises(BadInput, match="are those of another model"):
+        quantized(decoder(heads=3, fewer=3), [], like=tmp_path / "whole.onnx")
+    with pytest.raises(BadInput, match="layers are kept by calibration"):
+        QuantizeCache(keep=1, like=tmp_path / "whole.onnx")
+
+
 def two_layers() -> tuple[ir.Model, list[Arrays]]:
     """Two caches of one head; of the second, the first channel is so large that nothing is left for the others."""
     body = (

@@ -9,14 +9,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
-from graphc import caches, edit
+from graphc import cache_codes, caches, edit
+from graphc import model as models
 from graphc.cache_codes import CHANNELS, HEADS, Coder
 from graphc.contract import Context, PassResult
 from graphc.edit import Array, is_op
+from graphc.errors import BadInput
 from graphc.stats.moments import Moments, MomentsOf
 
 MOST = 127
@@ -98,7 +101,13 @@ def _why_not(cache: Cache, joined: Sequence[tuple[ir.Value, ir.Value, ir.Node]])
     return ""
 
 
-def moments(model: ir.Model, found: Sequence[Cache], ctx: Context) -> dict[Cache, Moments]:
+LONELY = (
+    "quantize-cache: scales come from single tokens without a past, and keys and values of texts are others: calibrate "
+    "the graph that reads whole texts, and give what it became with like=FILE"
+)
+
+
+def moments(model: ir.Model, found: Sequence[Cache], ctx: Context, result: PassResult) -> dict[Cache, Moments]:
     """Moments of the channels of each cache, ``(heads * channels,)``: of what is new, without padding, and of the past.
 
     Where inputs were made to fit, their past is none that the model would have, and is left out.
@@ -119,6 +128,9 @@ def moments(model: ir.Model, found: Sequence[Cache], ctx: Context) -> dict[Cache
         requests[cache].append(MomentsOf(str(value.name)))
     statistics = ctx.collect(copy, {each for wanted in requests.values() for each in wanted})
     seen = {}
+    single = any(cache.new.shape is not None and cache.new.shape[-2] == 1 for cache in found)
+    if single and not any(statistics[past].count for _, *rest in requests.values() for past in rest):
+        result.note(LONELY)
     for cache, (new, *past) in requests.items():
         seen[cache] = dataclasses.replace(statistics[new])
         for each in past:
@@ -136,6 +148,31 @@ def scale(cache: Cache, seen: Moments, by_channel: bool) -> Array:
     heads = np.where(heads > 0, heads, MOST)
     chosen = np.where(largest > 0, largest, heads) if by_channel else heads
     return np.asarray(np.maximum(chosen / MOST, np.finfo(np.float32).tiny), np.float32)
+
+
+def read(file: Path, found: Sequence[Cache], result: PassResult) -> dict[Cache, Array]:
+    """The scales that caches of the same names have in another model, ``(heads, channels)`` or ``(heads, 1)``.
+
+    Raises:
+        BadInput: It has none, or those of other heads.
+    """
+    known = cache_codes.scales(models.load(file))
+    if not known:
+        raise BadInput("no cache of the model is in codes", where=str(file), hint="give what quantize-cache made")
+    scales = {}
+    for cache in found:
+        held = known.get(cache.name)
+        if held is None:
+            result.refuse(cache.past, "the model that scales are read from has no such cache in codes")
+            continue
+        if held.shape[HEADS] not in (1, cache.heads) or held.shape[CHANNELS] not in (1, cache.channels):
+            raise BadInput(
+                f"the scales of '{cache.name}' are those of another model",
+                where=str(file),
+                why=f"{held.shape[HEADS]} heads of {held.shape[CHANNELS]}, not {cache.heads} of {cache.channels}",
+            )
+        scales[cache] = np.repeat(held[0, :, 0], cache.heads if held.shape[HEADS] == 1 else 1, axis=0)
+    return scales
 
 
 def loss(cache: Cache, seen: Moments, chosen: Array) -> float:
