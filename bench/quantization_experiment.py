@@ -27,6 +27,7 @@ class Experiment:
         recipe: The exact passes that come first, once for all variants; if there are none, graphc's variants have all
             of them.
         about: What else a reader has to know.
+        training: More calibration data, that models are healed with.
     """
 
     model: Path
@@ -37,3 +38,4 @@ class Experiment:
     variants: Sequence[str]
     recipe: str = "simplify,fuse"
     about: str = ""
+    training: Callable[[], Samples] = list

@@ -42,6 +42,7 @@ LANGUAGE = (
     "graphc int4/128",
     "graphc int4/128 gptq",
     "graphc int4/128 gptq, guided",
+    "graphc int4/128 gptq, guided, healed",
     "graphc int4-8/128 gptq, guided",
     "graphc int4/128 asymmetric gptq",
     "ort int4/128",
@@ -130,7 +131,8 @@ def _smollm2(text: Path) -> Experiment:
         known.metric,
         known.sample,
         LANGUAGE,
-        about=known.about,
+        about=f"{known.about} Healing reads all of that text; its time is its own, without the rounding before.",
+        training=lambda: quality_lm.windows(text / "text_calib.txt", quality_lm.EVERYTHING),
     )
 
 

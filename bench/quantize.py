@@ -33,6 +33,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "quantize.json"
 Row = dict[str, Any]
 
+UNMEASURED: Any = {"measure": False, "verify": False}
+
 EXACT = "simplify,fuse,shrink,recognise,simplify,lower"
 
 GRAPHC = {
@@ -55,6 +57,11 @@ GRAPHC = {
     "graphc int8 cache and weights": "quantize-cache,quantize",
     "graphc int4/128 asymmetric gptq": "quantize{bits=4 block=128 symmetric=false rounding=gptq clip=mse}",
 }
+
+HEALED = {
+    "graphc int4/128 gptq, guided, healed": ("graphc int4/128 gptq, guided", "heal{HEAL}"),
+}
+"""What another variant made is healed: its name, and how. The prepared model teaches."""
 
 
 def ort_dynamic(source: Path, target: Path, samples: Samples) -> None:
@@ -130,16 +137,28 @@ def make(experiment: Experiment, variant: str, source: Path, target: Path) -> No
         needs = variant == "ort static"
         PEERS[variant](source, target, experiment.calibration() if needs else [])
         return
+    if variant in HEALED:
+        begun, recipe = HEALED[variant]
+        start = target.with_name(file(begun))
+        if not start.exists():
+            make(experiment, begun, source, start)
+        recipe = recipe.replace("{", f"{{teacher={source} ")
+        report = pipeline.optimize(start, target, recipe=recipe, calibrate=experiment.training(), **UNMEASURED)
+        print(f"    {report.passes[0].changes}")
+        return
     recipe = GRAPHC[variant] if experiment.recipe else f"{EXACT},{GRAPHC[variant]}"
     calibrated = "static" in recipe or "gptq" in recipe or "cache" in recipe
     samples = experiment.calibration() if calibrated else None
     runtime_only = "onnxruntime{portable=false}" if "lower-int8" in recipe else "onnxruntime"
-    report = pipeline.optimize(
-        source, target, recipe=recipe, target=runtime_only, calibrate=samples, measure=False, verify=False
-    )
+    report = pipeline.optimize(source, target, recipe=recipe, target=runtime_only, calibrate=samples, **UNMEASURED)
     for each in report.passes:
         for refusal in each.refusals:
             print(f"    {refusal.reason} (x{refusal.count})")
+
+
+def file(variant: str) -> str:
+    """The name of the file that a variant is kept in."""
+    return f"{re.sub('[^a-z0-9]+', '-', variant.lower())}.onnx"
 
 
 def page(document: Mapping[str, Any]) -> str:
@@ -232,7 +251,7 @@ def main() -> None:
                 found["dense"] = prepared(experiment, dense)
                 print(f"{name}: {experiment.metric} {found['dense']['quality']:.4g}", flush=True)
             for variant in a.only or experiment.variants:
-                path = folder / f"{re.sub('[^a-z0-9]+', '-', variant.lower())}.onnx"
+                path = folder / file(variant)
                 row = next((r for r in known.get("rows", []) if r["variant"] == variant), None)
                 if not a.latency:
                     row = measure(name, experiment, variant, dense, path, a.text)

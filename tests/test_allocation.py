@@ -18,7 +18,7 @@ from graphc.errors import BadInput
 from graphc.passes.prune import Prune
 from graphc.pruning.density import Setting, uniform
 from graphc.pruning.normalisation import NORMALISATIONS
-from graphc.pruning.search import solve, towards
+from graphc.pruning.search import BUCKETS, solve, towards
 
 CONTEXT = Context(Capabilities("portable", 10, {"": 21}))
 
@@ -73,6 +73,25 @@ def test_latency_is_a_cost() -> None:
     assert sum(lost(found)) > 0 or any("can go" in reason for reason in refusals)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_knapsack_keeps_to_its_limit_however_many_there_are(seed: int) -> None:
+    """210 layers of three sizes in 4 or 8 bits, or as they are: their limit is met, and used up."""
+    rng = np.random.default_rng(seed)
+    sizes, bits = rng.choice([110_592, 331_776, 884_736], 210), (4.25, 8.25, 32.0)
+    losses = rng.lognormal(0, 2, 210)
+    options = [
+        [
+            (k, float(size * (32 - b)), float(loss * part))
+            for k, (b, part) in enumerate(zip(bits, (1, 0.004, 0), strict=True))
+        ]
+        for size, loss in zip(sizes, losses, strict=True)
+    ]
+    for wanted in (4.3, 4.75, 5.5):
+        chosen = solve(options, float(sizes.sum() * (32 - wanted)))
+        spent = sum(size * bits[k] for size, k in zip(sizes, chosen, strict=True)) / sizes.sum()
+        assert wanted - 0.02 < spent <= wanted * (1 + 1e-9)
+
+
 @settings(deadline=None, max_examples=30)
 @given(
     st.lists(
@@ -86,8 +105,8 @@ def test_the_knapsack_is_as_good_as_trying_everything(items: list[list[tuple[int
     chosen = solve(options, target)
     picked = [next(o for o in curve if o[0] == what) for curve, what in zip(options, chosen, strict=True)]
     saved, paid = sum(s for _, s, _ in picked), sum(loss for *_, loss in picked)
-    # Costs are rounded to buckets, each item by half of one at most.
-    slack = len(options) * max(target, 1) / 1024 + 1e-9
+    # Costs are rounded down to buckets, each item by one at most.
+    slack = len(options) * max(target, 1) / BUCKETS + 1e-9
     assert saved >= target - slack
     enough = [each for each in itertools.product(*options) if sum(s for _, s, _ in each) >= target + slack]
     assert not enough or paid <= min(sum(loss for *_, loss in each) for each in enough) + 1e-9

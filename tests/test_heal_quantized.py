@@ -44,7 +44,7 @@ def distance(model: ir.Model, original: ir.Model) -> float:
 
 
 def constants(model: ir.Model) -> dict[str, Array]:
-    return {name: value.const_value.numpy().copy() for name, value in model.graph.initializers.items()}
+    return {name: held(model, name).copy() for name in model.graph.initializers}
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_resumed_equals_uninterrupted(at: int, tmp_path: Path, monkeypatch: pyte
     model = original.clone()
     quantized(model, bits=4, block=16)
     heal = Heal(steps=10, learning_rate=0.01, weights="codes", patience=0)
-    given = {"original": original, "calibration": CASES}
+    given: dict[str, Any] = {"original": original, "calibration": CASES}
 
     def interrupt(what: str, done: int, total: int) -> None:
         if done == at:

@@ -18,7 +18,7 @@ from graphc.pruning.density import Levels, Setting, uniform
 CURVE = 8
 """Points of each group's curve of measured losses."""
 
-BUCKETS = 512
+BUCKETS = 1 << 16
 """Steps of cost in the knapsack."""
 
 STEPS = (1 / 8, 1 / 16, 1 / 32)
@@ -64,7 +64,8 @@ def solve(options: Sequence[Sequence[tuple[int, float, float]]], saving: float) 
 
     Args:
         options: For each item, ``(what, what it saves, what it loses)``.
-        saving: What must be saved; as much as can be, where that is less. Rounded to ``BUCKETS`` steps.
+        saving: What must be saved; as much as can be, where that is less. What an option saves is rounded down to a
+            step of it, of which there are ``BUCKETS``; what is then left over buys the largest gains that fit.
 
     Returns:
         What was chosen for each item.
@@ -76,22 +77,47 @@ def solve(options: Sequence[Sequence[tuple[int, float, float]]], saving: float) 
     best[0] = 0.0
     picks = []
     for curve in options:
-        after, pick = np.full(BUCKETS + 1, np.inf), np.zeros(BUCKETS + 1, dtype=np.int64)
-        source = np.zeros(BUCKETS + 1, dtype=np.int64)
+        after, pick = np.full(BUCKETS + 1, np.inf), np.zeros(BUCKETS + 1, dtype=np.int16)
+        sources = []
         for index, (_, saved, loss) in enumerate(curve):
-            step = round(min(saved / saving, 1.0) * BUCKETS)
-            for start in np.flatnonzero(np.isfinite(best)).tolist():
-                end = min(start + step, BUCKETS)
-                if best[start] + loss < after[end]:
-                    after[end], pick[end], source[end] = best[start] + loss, index, start
+            step = int(max(0.0, min(saved / saving, 1.0)) * BUCKETS)
+            total = np.full(BUCKETS + 1, np.inf)
+            total[step:] = best[: BUCKETS + 1 - step] + loss
+            # The last bucket holds all that saves at least what is asked for.
+            last = BUCKETS - step + int(np.argmin(best[BUCKETS - step :]))
+            total[-1] = best[last] + loss
+            sources.append((step, last))
+            better = total < after
+            after[better], pick[better] = total[better], index
         best = after
-        picks.append((pick, source))
+        picks.append((pick, sources))
     at = int(np.flatnonzero(np.isfinite(best))[-1])
     chosen: list[int] = []
-    for curve, (pick, source) in zip(reversed(options), reversed(picks), strict=True):
-        chosen.append(curve[int(pick[at])][0])
-        at = int(source[at])
-    return chosen[::-1]
+    for pick, sources in reversed(picks):
+        index = int(pick[at])
+        chosen.append(index)
+        step, last = sources[index]
+        at = last if at == BUCKETS else at - step
+    chosen = _spent(options, chosen[::-1], saving)
+    return [curve[index][0] for curve, index in zip(options, chosen, strict=True)]
+
+
+def _spent(options: Sequence[Sequence[tuple[int, float, float]]], chosen: list[int], saving: float) -> list[int]:
+    """The options chosen, each time the one exchanged by which most is gained of those that leave enough saved."""
+    curves = [np.array([(saved, loss) for _, saved, loss in curve]) for curve in options]
+    spare = sum(curve[index, 0] for curve, index in zip(curves, chosen, strict=True)) - saving
+    while True:
+        gains = []
+        for i, (curve, index) in enumerate(zip(curves, chosen, strict=True)):
+            fits = curve[index, 0] - curve[:, 0] <= spare + 1e-9 * saving
+            losses = np.where(fits, curve[:, 1], np.inf)
+            k = int(np.argmin(losses))
+            gains.append((curve[index, 1] - losses[k], i, k))
+        gain, i, k = max(gains)
+        if not gain > 0:
+            return chosen
+        spare -= curves[i][chosen[i], 0] - curves[i][k, 0]
+        chosen[i] = k
 
 
 def evolution(setting: Setting) -> Levels:

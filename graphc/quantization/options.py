@@ -35,6 +35,9 @@ class Options(Pass):
     damp: float = option(
         0.01, "For rounding=gptq: what is added to the Gram matrix's diagonal, as a part of its mean.", above=0
     )
+    refine: int = option(
+        0, "For rounding=gptq and awp: how often then scales are fitted to codes, and codes to scales.", least=0
+    )
     guide: Literal["inputs", "loss"] = option(
         "inputs",
         "For rounding=gptq and awp: inputs: all rows that a matrix multiplies count alike; loss: each by the squared "

@@ -13,6 +13,7 @@ from graphc.contraction import Contraction
 from graphc.edit import Array
 from graphc.quantization.granularity import Granularity
 from graphc.quantization.grid import Grid, fit
+from graphc.quantization.refinement import refined
 from graphc.sparsity.sweep import BLOCK, sweep
 
 PIECE = 1 << 20
@@ -132,6 +133,7 @@ def gptq(
     damp: float = 0.01,
     least: Array | None = None,
     steps: int = 0,
+    rounds: int = 0,
 ) -> Codes:
     """Codes of a weight with which a layer's outputs change least.
 
@@ -151,6 +153,8 @@ def gptq(
         damp: See :func:`graphc.sparsity.sweep.sweep`.
         least: Scales are no smaller than these, ``(channels,)``; for scales of one axis.
         steps: Steps of projected descent instead of the sweep; 0 for the sweep.
+        rounds: How often scales and codes are then refined in turn, see :mod:`graphc.quantization.refinement`; scales
+            only where ``least`` leaves them free.
     """
     array = held.numpy().astype(np.float32)
     edit.release(held)
@@ -171,6 +175,16 @@ def gptq(
         products = gram[piece] if len(gram) > 1 else gram
         given = (weights[piece], products, grid, scales[piece], zeros[piece])
         new[piece] = _better(_descended(*given, steps) if steps else _swept(*given, order, damp), *given)
+    if rounds:
+        numbers = granularity.spread(np.arange(scale.size).reshape(scale.shape), array.shape)
+        groups = use.matrices(np.broadcast_to(numbers, array.shape))
+        scales = scales.copy()
+        for i, each in enumerate(weights):
+            products = gram[i if len(gram) > 1 else 0]
+            damped = products + damp * np.diagonal(products).mean() * np.eye(len(products))
+            mine = groups[i] if least is None else None
+            new[i], scales[i] = refined(each, damped, grid, new[i], scales[i], zeros[i], mine, rounds)
+        scale = granularity.reduced(use.restored(scales), np.max)
     codes = _room(array.shape, grid)
     codes[...] = use.restored(new).astype(codes.dtype)
     return _made(codes, scale, zero, held, grid, granularity)

@@ -160,6 +160,7 @@ def _codes(options: Options, site: Site, way: Way, statistics: Mapping[Any, Any]
         return rounding.nearest(site.held, grid, granularity, clip=clip, least=least)
     gram = np.asarray(sum(_matrices(statistics[_gram(options, use)].products) for use in site.uses))
     how: dict[str, Any] = {"clip": clip, "order": options.order, "damp": options.damp, "least": least}
+    how["rounds"] = options.refine
     how["steps"] = STEPS if options.rounding == "awp" else 0
     return rounding.gptq(site.held, site.uses[0], gram, grid, granularity, **how)
 
