@@ -4,9 +4,9 @@
 
 A row is a model and a way to compile it: by the rules for any processor (``untuned``), by the rules for this processor
 (``native``), or with loops that were measured for some minutes (``tuned-2``, ``tuned-10``). Rows that are there are not
-measured again without ``--again``, and each is written at once. Artifact and ONNX Runtime run interleaved, with as many
-threads each. ``load`` is the time from an imported interpreter to the first result of ``run.py``'s class, in a process
-of its own. Results go to ``bench/results/tvm.json``.
+measured again without ``--again``, and each is written at once: what was interrupted goes on where it was. Artifact and
+ONNX Runtime run interleaved, with as many threads each. ``load`` is the time from an imported interpreter to the first
+result of ``run.py``'s class, in a process of its own. Results go to ``bench/results/tvm.json``.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ MODELS: dict[str, tuple[str, ...]] = {
     "efficientnet-lite0": ("batch=1",),
     "ppocr-cls": ("x.0=1", "x.2=48", "x.3=192"),
     "minilm-dynamo": ("batch=1", "seq=128"),
-    "smollm2-decode": ("s10=1", "s1=128", "s89=129"),
+    "smollm2-decode": ("input_ids.0=1", "past_key_values.0.key.2=128"),
 }
-"""The models, and their sizes; SmolLM2 makes one token after 128."""
+"""The models, and their sizes, by name or by ``input.axis``; SmolLM2 makes one token after 128."""
 
 VARIANTS = {
     "untuned": ("", ()),
@@ -56,9 +56,20 @@ print(time.perf_counter() - start)
 """
 
 
+def sizes(source: Path, wanted: tuple[str, ...]) -> list[str]:
+    """``--shapes`` with the names that a model has for dimensions which are given as ``input.axis``."""
+    from graphc import model as models
+    from graphc.shapes import fix
+
+    found = fix.symbols(models.load(source))
+    names = {place.replace("[", ".").rstrip("]"): name for name, places in found.items() for place in places}
+    return ["=".join((names.get(place, place), size)) for place, _, size in (each.partition("=") for each in wanted)]
+
+
 def measure(name: str, variant: str, seconds: float, threads: int, out: Path) -> dict[str, Any]:
     """All numbers of a row; the artifact is made in ``out``."""
-    source, shapes = cache.model(name), MODELS[name]
+    source = cache.model(name)
+    shapes = sizes(source, MODELS[name])
     options, flags = VARIANTS[variant]
     command: list[str | Path] = [sys.executable, "-m", "graphc", "optimize", source, "-o", out, "--no-measure", "-q"]
     command += ["-t", f"tvm{{threads={threads}{options}}}", *(["--shapes", *shapes] if shapes else []), *flags]
@@ -66,20 +77,23 @@ def measure(name: str, variant: str, seconds: float, threads: int, out: Path) ->
     if usage.failure:
         return {"failure": harness.public(usage.failure)}
     ffi = Path(importlib.util.find_spec("tvm_ffi").submodule_search_locations[0], "lib", "libtvm_ffi.so")  # type: ignore
-    sizes = {path.name: path.stat().st_size for path in out.iterdir()} | {ffi.name: ffi.stat().st_size}
+    nbytes = {path.name: path.stat().st_size for path in out.iterdir()} | {ffi.name: ffi.stat().st_size}
     needed = ("model.so", "weights.bin", "libtvm_runtime.so", ffi.name)
     checked = subprocess.run(
         [sys.executable, out / "run.py", "--check"], capture_output=True, text=True, env=_environment(), check=False
     )
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     row: dict[str, Any] = {
         "wall_s": round(usage.wall_s, 1),
         "cpu_s": round(usage.cpu_s, 1),
-        "library_mb": round(sizes["model.so"] / 1e6, 2),
-        "weights_mb": round(sizes["weights.bin"] / 1e6, 2),
-        "runtime_mb": round((sizes["libtvm_runtime.so"] + sizes[ffi.name]) / 1e6, 2),
-        "needed_mb": round(sum(sizes[name] for name in needed) / 1e6, 2),
+        "library_mb": round(nbytes["model.so"] / 1e6, 2),
+        "weights_mb": round(nbytes["weights.bin"] / 1e6, 2),
+        "runtime_mb": round((nbytes["libtvm_runtime.so"] + nbytes[ffi.name]) / 1e6, 2),
+        "needed_mb": round(sum(nbytes[name] for name in needed) / 1e6, 2),
         "load_s": round(min(_load(out) for _ in range(3)), 3),
         "error": max(map(float, re.findall(r"relative error (\S+)", checked.stdout)), default=None),
+        "worst": report["measurements"]["compiled"]["worst"],
+        "notes": [warning for warning in report["warnings"] if "double precision" in warning],
     }
     bench = (sys.executable, "-m", "graphc", "bench")
     done = subprocess.run(

@@ -16,14 +16,15 @@ Variants: `untuned` by the rules for x86-64-v3, `native` for the processor itsel
 measuring loops. The processor is an AMD EPYC with AVX-512, which ONNX Runtime uses, and x86-64-v3 does not.
 
 {rows}
-"""
+{notes}"""
 
 
 def page(results: dict[str, Any], table: Callable[[Iterable[str], Iterable[Iterable[object]]], str]) -> str:
     """The page; ``table`` lays a table out."""
-    rows = []
+    rows, notes = [], []
     for name, variants in results["rows"].items():
         for variant, row in variants.items():
+            notes += [f"- {name}, {variant}: {note}\n" for note in row.get("notes", ())]
             if "ratio" not in row:
                 rows.append([name, variant, *"-------", row["failure"]])
                 continue
@@ -36,6 +37,7 @@ def page(results: dict[str, Any], table: Callable[[Iterable[str], Iterable[Itera
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return PAGE.format(
         rows=table([*header, "load, s", "error", "load average"], rows),
+        notes="".join(["\nWhere single precision alone moves an output:\n\n", *notes] if notes else []),
         date=results["date"],
         threads=results["threads"],
         versions=versions,

@@ -1,11 +1,11 @@
 """Products with packed and with block-sparse weights, as TVM compiles them, against dense ones and ONNX Runtime.
 
-    python bench/tvm_products.py [--threads N] [--seconds S] [ROWSxINPUTSxOUTPUTS...]
+    python bench/tvm_products.py [--again] [--threads N] [--seconds S] [ROWSxINPUTSxOUTPUTS...]
 
 Each product is one MatMul with a weight of random numbers. All forms of one run in turns in one process; ratios are to
 the dense float32 product of the same artifact format (``tvm``), and to ONNX Runtime's float32 (``onnxruntime``). A
 weight is read again and again, so that caches hold what fits; the larger sizes do not. Results go to
-``bench/results/tvm_products.json``, product by product.
+``bench/results/tvm_products.json``, product by product; what is there is not measured again without ``--again``.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ def measure(name: str, seconds: float, threads: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", default=list(PRODUCTS), metavar="ROWSxINPUTSxOUTPUTS")
+    parser.add_argument("--again", action="store_true")
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -85,6 +86,8 @@ def main() -> None:
     os.environ["TVM_NUM_THREADS"] = str(arguments.threads)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"products": {}}
     for name in arguments.names:
+        if name in results["products"] and not arguments.again:
+            continue
         row = measure(name, arguments.seconds, arguments.threads)
         results["products"][name] = {"forms": row, "load_average": round(os.getloadavg()[0], 1)}
         results |= {"date": datetime.now(UTC).date().isoformat(), "threads": arguments.threads}

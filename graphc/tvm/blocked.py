@@ -8,12 +8,15 @@ the address cache likes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from graphc.tvm import tied
+from graphc.tvm.kernels import integers as kernels
+from graphc.tvm.nest import Machine
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -21,12 +24,12 @@ SMALLEST = 4
 """Columns up to which a vector of them would be mostly zeros."""
 
 
-def blocked(module: Any, lanes: int) -> Any:
+def blocked(module: Any, machine: Machine) -> Any:
     """Make products and convolutions by constants functions of packed weights.
 
     Args:
         module: Relax operators before they are legalized, convolutions with channels last; not changed.
-        lanes: 32-bit numbers in a vector register.
+        machine: What it shall run on.
     """
     from tvm import relax
     from tvm.ir import GenericConst, Op
@@ -50,11 +53,13 @@ def blocked(module: Any, lanes: int) -> Any:
             held = self.lookup_binding(held) if isinstance(held, relax.Var) else held
             if not isinstance(held, GenericConst) or len(held.ty.shape) != rank or len(given.ty.shape) < 2:
                 return call
-            columns = int(held.ty.shape[-1])
-            if columns <= SMALLEST or {str(given.ty.dtype), str(held.ty.dtype)} != {"float32"}:
+            columns, dtypes = int(held.ty.shape[-1]), (str(given.ty.dtype), str(held.ty.dtype))
+            if dtypes == ("int16", "int8"):
+                return _integers(self.builder_, call, given, held, machine)
+            if columns <= SMALLEST or dtypes != ("float32", "float32"):
                 return call
             if (weight := blocks.get(held)) is None:
-                weight = blocks[held] = relax.const(in_blocks(held.value.numpy(), lanes))
+                weight = blocks[held] = relax.const(in_blocks(held.value.numpy(), machine.lanes))
             return self.builder_.call_te(compute, given, weight, columns)
 
     function = module["main"]
@@ -71,6 +76,45 @@ def in_blocks(weight: Array, lanes: int) -> Array:
     filled = np.pad(weight, [(0, 0)] * (weight.ndim - 1) + [(0, -columns % lanes)])
     split = filled.reshape(*weight.shape[:-1], -1, lanes)
     return np.ascontiguousarray(np.moveaxis(split, -2, 0))
+
+
+def multiplies_integers(target: Any) -> bool:
+    """Whether a target has the instruction of :mod:`graphc.tvm.kernels.integers`."""
+    from tvm.target import codegen
+
+    if target.kind.name != "llvm":
+        return False
+    with target:
+        return bool(codegen.llvm_cpu_has_features("sse2", target))
+
+
+def _integers(builder: Any, call: Any, given: Any, held: Any, machine: Machine) -> Any:
+    """A product or convolution of integers, by a kernel of our own."""
+    from tvm import relax
+
+    weight = held.value.numpy()
+    shape = [int(size) for size in call.ty.shape]
+    strides = dilations = (1, 1)
+    if weight.ndim == 2:
+        *outer, depth = (int(size) for size in given.ty.shape)
+        rows = [1, 1, math.prod(outer), depth]
+        given, weight = builder.emit(relax.op.reshape(given, rows)), weight[None, None]
+    else:
+        top, left, bottom, right = (int(size) for size in call.attrs.padding)
+        if top or left or bottom or right:
+            given = builder.emit(relax.op.nn.pad(given, [0, 0, top, bottom, left, right, 0, 0]))
+        strides, dilations = ((int(n[0]), int(n[1])) for n in (call.attrs.strides, call.attrs.dilation))
+    if weight.shape[2] % 2:
+        given = builder.emit(relax.op.nn.pad(given, [0, 0, 0, 0, 0, 0, 0, 1]))
+    batch, height, width, channels = (int(size) for size in given.ty.shape)
+    high, wide, _, outputs = weight.shape
+    window = kernels.Window((batch, height, width, channels), (high, wide), strides, dilations, outputs)
+    name = builder.add_func(kernels.product(window, machine), "integer_product")
+    packed = relax.const(kernels.in_pairs(weight, machine.lanes))
+    made = relax.call_tir(
+        name, [given, packed], out_ty=relax.TensorType([math.prod(shape[:-1]), window.outputs], "int32")
+    )
+    return relax.op.reshape(builder.emit(made), shape)
 
 
 def _is_plain(call: Any) -> bool:

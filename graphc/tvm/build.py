@@ -73,8 +73,9 @@ def prepare(module: Any, target: Any) -> Any:
     cpu = target.kind.name == "llvm"
     if cpu:
         functions.register()
-    lanes = Machine.of(target).lanes if cpu else 0
-    pack = tvm.transform.module_pass(lambda mod, context: blocked.blocked(mod, lanes), opt_level=0, name="BlockWeights")
+    pack = tvm.transform.module_pass(
+        lambda mod, context: blocked.blocked(mod, Machine.of(target)), opt_level=0, name="BlockWeights"
+    )
     packs = [pack] if cpu else []
     passes = [
         tvm.transform.module_pass(lambda mod, context: _transposed(mod), opt_level=0, name="TransposeWeights"),

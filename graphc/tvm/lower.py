@@ -18,7 +18,7 @@ from graphc.edit import attribute
 from graphc.errors import BadInput
 from graphc.opset.expand import expand
 from graphc.simplification import whole
-from graphc.tvm import packed, recurrent, sparse
+from graphc.tvm import integers, packed, recurrent, sparse
 from graphc.tvm.importer import WEIGHT
 from graphc.tvm.placing import OWN
 
@@ -48,6 +48,7 @@ def lower(model: ir.Model) -> None:
             break
     recurrent.write(model)
     sparse.write(model)
+    integers.write(model)
     packed.write(model)
     _as_floats(model)
     missing: dict[str, list[ir.Node]] = {}

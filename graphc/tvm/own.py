@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graphc.errors import BadInput
-from graphc.tvm import packed, recurrent, sparse
+from graphc.tvm import blocked, integers, packed, recurrent, sparse
 from graphc.tvm.kernels import packed as packed_kernels
 from graphc.tvm.kernels import recurrent as recurrent_kernels
 from graphc.tvm.kernels import sparse as sparse_kernels
@@ -130,6 +130,29 @@ def _sparse(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], 
     return builder.emit(relax.op.reshape(y, (*outer, tiles.outputs)))
 
 
+def _integers(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], target: Any) -> Any:
+    """Sums of integers where there is a kernel, else of floats that are whole numbers; then one scale by output."""
+    from tvm import relax
+
+    x, weight, factor, *bias = inputs
+    wide, total = ("int16", "int32") if blocked.multiplies_integers(target) else ("float32", "float32")
+    x = builder.emit(relax.op.astype(x, wide))
+    if attributes["zero"]:
+        x = builder.emit(relax.op.subtract(x, relax.const(attributes["zero"], wide)))
+    weight = weight if total == "int32" else builder.emit(relax.op.astype(weight, "float32"))
+    if "pads" in attributes:
+        shapes = {name: list(attributes[name]) for name in ("strides", "pads", "dilations")}
+        sums = relax.op.nn.conv2d(x, weight, shapes["strides"], shapes["pads"], shapes["dilations"], out_dtype=total)
+        factor = builder.emit(relax.op.reshape(factor, (-1, 1, 1)))
+        bias = [builder.emit(relax.op.reshape(each, (-1, 1, 1))) for each in bias]
+    else:
+        sums = relax.op.matmul(x, weight, out_dtype=total)
+    y = builder.emit(sums)
+    y = y if total == "float32" else builder.emit(relax.op.astype(y, "float32"))
+    y = builder.emit(relax.op.multiply(y, factor))
+    return builder.emit(relax.op.add(y, bias[0])) if bias else y
+
+
 def _steps(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], target: Any) -> Any:
     from tvm import relax
 
@@ -170,6 +193,7 @@ def _clip(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], ta
 
 _CONVERTERS: dict[str, Converter] = {
     "Clip": _clip,
+    integers.PRODUCT: _integers,
     packed.PRODUCT: _product,
     packed.LOOKUP: _lookup,
     sparse.PRODUCT: _sparse,

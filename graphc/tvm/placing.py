@@ -23,7 +23,7 @@ def put(
     node: ir.Node,
     operator: str,
     inputs: Sequence[ir.Value | None],
-    settings: Mapping[str, int],
+    settings: Mapping[str, int | Sequence[int]],
     graph: Graph,
 ) -> None:
     """An operator in the place of a node; a Gemm's bias, if there is one, is added to it."""

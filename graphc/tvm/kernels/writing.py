@@ -63,7 +63,9 @@ def loop(extent: int, *, parallel: bool = False) -> Any:
     return T.parallel(extent) if parallel else T.serial(extent)
 
 
-def store_columns(target: Any, row: Any, column: Any, value: Any, lanes: int, width: int, filled: int) -> None:
+def store_columns(
+    target: Any, row: Any, column: Any, value: Any, lanes: int, width: int, filled: int, *, dtype: str = "float32"
+) -> None:
     """Store a vector in a row of ``width`` columns, which its vectors fill up to ``filled``; no more than the row."""
     from tvm.tirx.script.builder import ir as T
 
@@ -76,7 +78,7 @@ def store_columns(target: Any, row: Any, column: Any, value: Any, lanes: int, wi
         with T.If(column < width), T.Then():
             whole()
     else:
-        kept = registers(lanes)
+        kept = registers(lanes, dtype=dtype)
         T.buffer_store(kept, value, [lanes_from(0, lanes)])
         for lane in range(lanes):
             with T.If(column + lane < width), T.Then():
