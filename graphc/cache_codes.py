@@ -97,7 +97,23 @@ def scales(model: ir.Model) -> dict[str, Array]:
         scale = _group_query(node, past) if node.op_type == "GroupQueryAttention" else _dequantized(past, present)
         if scale is not None:
             found[str(past.name)] = found[str(present.name)] = scale
+    for output in model.graph.outputs:
+        if output.name not in found and output.dtype == ir.DataType.INT8 and (scale := _rounded(output)) is not None:
+            found[output.name or ""] = scale
     return found
+
+
+def _rounded(codes: ir.Value) -> Array | None:
+    """The scale of codes ``b h t d`` that are an output without a past."""
+    node = codes.producer()
+    scale = edit.constant(node.inputs[1]) if node is not None and is_op(node, "QuantizeLinear") else None
+    if node is None or scale is None or codes.shape is None or len(codes.shape) != 4:
+        return None
+    if scale.size > 1:
+        return scale.reshape([-1 if i == edit.attribute(node, "axis", 1) % 4 else 1 for i in range(4)])
+    divided = node.inputs[0].producer() if node.inputs[0] is not None else None
+    factor = edit.constant(divided.inputs[1]) if divided is not None and is_op(divided, "Div") else None
+    return np.asarray(scale * factor) if factor is not None and factor.ndim == 4 else scale.reshape((1,) * 4)
 
 
 def _group_query(node: ir.Node, past: ir.Value) -> Array | None:

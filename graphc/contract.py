@@ -248,9 +248,6 @@ class Pass(abc.ABC):
     """Whether the pass has a part that is safe on a model that cannot be run here (it then looks at
     ``Context.checkable``); the runner does not call other passes on such a model."""
 
-    retypes: ClassVar[bool] = False
-    """Whether inputs and outputs may get other dtypes: graphs that hand them to each other would have to agree."""
-
     timed_on: ClassVar[tuple[str, ...]] = ("onnxruntime",)
     """The targets that its probes are models for; on others nothing is timed for it."""
 
@@ -261,6 +258,11 @@ class Pass(abc.ABC):
     def name(self) -> str:
         """The name on the command line: the file's, with hyphens."""
         return type(self).__module__.rpartition(".")[2].replace("_", "-")
+
+    @property
+    def alone(self) -> bool:
+        """Whether it is for models of one graph: what several hand each other would become another thing in each."""
+        return False
 
     def needs(self, model: ir.Model) -> Needs:
         """What must be collected before the pass runs on ``model``."""

@@ -187,12 +187,12 @@ def run(
             "and each is pruned by itself",
             hint="leave allow-interface out",
         )
-    if loaded.others and (pass_ := next((each for each in settings.recipe.passes if each.retypes), None)):
+    if loaded.others and (pass_ := next((each for each in settings.recipe.passes if each.alone), None)):
         raise BadInput(
             f"'{pass_.name}' is for one graph",
             why=f"{' and '.join(part.name for part in loaded.parts)} hand each other what they compute, "
             "and each would get scales of its own",
-            hint="--kv-cache merged makes one graph of a decoder",
+            hint="--kv-cache merged makes one graph of a decoder; what that became can be given as like=FILE",
         )
     if loaded.others and output is not None and artifact.is_file(output):
         raise BadInput(

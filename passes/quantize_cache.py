@@ -27,11 +27,11 @@ class QuantizeCache(Pass):
     starts with an empty int8 cache and hands it on as it comes, as ``run.py`` of an artifact does. The runtime makes
     floats of the whole past for each token, which takes time; where ``lower`` may write ONNX Runtime's own operators,
     GroupQueryAttention reads the codes instead. It comes after ``recognise`` and before ``lower``. A graph that reads
-    one token at a time is not calibrated well: let another graph be, and give what it became as ``like``.
+    one token at a time is not calibrated well: let another graph be, and give what it became as ``like``, also where a
+    prompt has a graph of its own (``--kv-cache split``): both get its scales.
     """
 
     effect: ClassVar[Effect] = Effect.LOSSY
-    retypes: ClassVar[bool] = True
 
     scales: Literal["channel", "head"] = option("channel", "What has a scale of its own.")
     keep: int = option(
@@ -47,6 +47,10 @@ class QuantizeCache(Pass):
         super().__post_init__()
         if self.like is not None and self.keep:
             raise BadInput("layers are kept by calibration", where=self.name, hint="leave keep or like out")
+
+    @property
+    def alone(self) -> bool:
+        return self.like is None
 
     def needs(self, model: ir.Model) -> Needs:
         return Needs(calibration=self.like is None)
@@ -72,9 +76,21 @@ class QuantizeCache(Pass):
         result = PassResult()
         shapes.infer(model)
         found = self._named(cached.find(model, result))
+        known = cached.read(self.like) if self.like else {}
+        firsts = {value: cached.fitted(value, known[value.name or ""]) for value in cached.firsts(model, known)}
+        if firsts:
+            cached.round_firsts(model, firsts)
+            result.change("first keys or values in 8-bit codes, which are outputs now", len(firsts))
+        elif not caches.pairs(model):
+            result.refuse("", "no input of the model is a cache that an output continues")
         if not found:
             return result
-        scales = cached.read(self.like, found, result) if self.like else self._calibrated(model, found, ctx, result)
+        scales = {cache: cached.fitted(cache.past, known[cache.name]) for cache in found if cache.name in known}
+        if self.like is None:
+            scales = self._calibrated(model, found, ctx, result)
+        elif len(scales) < len(found):
+            missing = next(cache for cache in found if cache not in scales)
+            result.refuse(missing.past, "the model that scales are read from has no such cache in codes")
         if not scales:
             result.refuse("", "every cache stays as it is")
             return result

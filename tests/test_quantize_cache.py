@@ -371,13 +371,39 @@ def test_a_wrong_scale_is_seen() -> None:
     assert verdict.checked and not verdict.ok
 
 
-def test_graphs_that_hand_each_other_caches_are_not_quantized_apart(tmp_path: Path) -> None:
-    for name, past in (("prefill", False), ("decode", True)):
-        save(test_run_script.decoder("S" if name == "prefill" else "1", past), tmp_path / f"{name}.onnx")
-    first, second = (frontends.load(tmp_path / f"{name}.onnx") for name in ("prefill", "decode"))
+def test_graphs_that_hand_each_other_caches_share_scales(tmp_path: Path) -> None:
+    """Apart, each would have its own: they are given those of the whole decoder, and go on from codes to codes."""
+    models = {"prefill": ("S", False), "decode": ("1", True), "whole": ("S", True)}
+    made = {name: test_run_script.decoder(*how) for name, how in models.items()}
+    for name, model in made.items():
+        save(model, tmp_path / f"{name}.onnx")
+    ids = np.array([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9]])
+    empty = {name: np.zeros((1, 1, 0, 8), np.float32) for name in ("past_k", "past_v")}
+    every = np.arange(20)[None]
+    coded, _ = quantized(made["whole"], [{"input_ids": every, "attention_mask": np.ones_like(every), **empty}])
+    save(coded, tmp_path / "coded.onnx")
+
+    def optimize(options: str) -> Any:
+        names = ("prefill", "decode")
+        first, second = (dataclasses.replace(frontends.load(tmp_path / f"{n}.onnx"), name=n) for n in names)
+        recipe = f"quantize-cache{options}"
+        return pipeline.optimize(first.with_others([second]), tmp_path / "out", recipe=recipe, measure=False)
+
     with pytest.raises(BadInput, match="'quantize-cache' is for one graph") as error:
-        pipeline.optimize(first.with_others([second]), tmp_path / "out", recipe="quantize-cache")
+        optimize("")
     assert "--kv-cache merged" in error.value.hint
+    report = optimize(f'{{like="{tmp_path / "coded.onnx"}"}}')
+    assert report.ok and report.parts["prefill"].approximation["error"] < 0.2
+    np.savez(tmp_path / "in.npz", input_ids=ids)
+    command = [sys.executable, "-I", tmp_path / "out" / "run.py", tmp_path / "in.npz", "6"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    wanted = test_run_script.plain(ids, np.ones_like(ids), 6)
+    assert np.mean(np.array(done.stdout.split(), int) == wanted[0]) > 0.5
+    prefill = frontends.load(tmp_path / "out" / "prefill.onnx").model
+    assert cache_codes.scales(prefill)["present_k"].shape == cache_codes.scales(coded)["present_k"].shape
+    verdict = checking.compare(made["prefill"], prefill)
+    assert all(error.max_rel < 0.2 for error in verdict.outputs)
 
 
 def test_what_is_known_beforehand_is_said() -> None:

@@ -12,7 +12,7 @@ from graphc import shapes
 from graphc.contract import PassResult
 from graphc.errors import BadInput
 from graphc.passes.quantize import Quantize
-from graphc.quantization import flattening
+from graphc.quantization import flattening, sensitivity
 from graphc.quantization.ways import sites_of
 from tests.quantized_models import build, context, held, normal, operators, quantized, reasons, run
 
@@ -100,6 +100,19 @@ def test_one_channel_that_stands_out_costs_less(scheme: str) -> None:
     assert result.changes[0].startswith("channel split (×") and "done for 1 of 1" in " ".join(result.notes)
     assert ("DynamicQuantizeLinear" if scheme == "dynamic" else "QuantizeLinear") in operators(after)
     assert errors["flatten"] < 0.5 * errors["none"]
+
+
+def test_splitting_is_tried_before_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = samples(outliers(64, [5, 40], 40.0))
+    monkeypatch.setattr(flattening, "_energy", lambda members: np.where(np.arange(64) % 2, 1.0, 1e-9))
+    result = quantized(model(), context(data), scheme="dynamic", scaling="flatten")
+    assert "squared error is" in " ".join(result.notes)
+    losses = iter([0.1, 0.2])
+    monkeypatch.setattr(sensitivity.Outputs, "loss", lambda self, model: next(losses))
+    after = model()
+    result = quantized(after, context(data), scheme="dynamic", scaling="flatten")
+    why = "channels are not split: the outputs' squared error is 0.2 with split channels and 0.1 without"
+    assert why in reasons(result) and "Concat" not in operators(after) and held(after, "w").shape == (64, 32)
 
 
 def test_channels_that_are_alike_are_left_with_the_numbers() -> None:

@@ -78,8 +78,6 @@ def find(model: ir.Model, result: PassResult) -> list[Cache]:
             result.refuse(past, why)
         else:
             found.append(cache)
-    if not joined:
-        result.refuse("", "no input of the model is a cache that an output continues")
     return found
 
 
@@ -150,29 +148,58 @@ def scale(cache: Cache, seen: Moments, by_channel: bool) -> Array:
     return np.asarray(np.maximum(chosen / MOST, np.finfo(np.float32).tiny), np.float32)
 
 
-def read(file: Path, found: Sequence[Cache], result: PassResult) -> dict[Cache, Array]:
-    """The scales that caches of the same names have in another model, ``(heads, channels)`` or ``(heads, 1)``.
+def read(file: Path) -> dict[str, Array]:
+    """The scales of caches of another model, ``(1, heads or 1, 1, channels or 1)``, by name.
 
     Raises:
-        BadInput: It has none, or those of other heads.
+        BadInput: It has none.
     """
     known = cache_codes.scales(models.load(file))
     if not known:
         raise BadInput("no cache of the model is in codes", where=str(file), hint="give what quantize-cache made")
-    scales = {}
-    for cache in found:
-        held = known.get(cache.name)
-        if held is None:
-            result.refuse(cache.past, "the model that scales are read from has no such cache in codes")
-            continue
-        if held.shape[HEADS] not in (1, cache.heads) or held.shape[CHANNELS] not in (1, cache.channels):
-            raise BadInput(
-                f"the scales of '{cache.name}' are those of another model",
-                where=str(file),
-                why=f"{held.shape[HEADS]} heads of {held.shape[CHANNELS]}, not {cache.heads} of {cache.channels}",
-            )
-        scales[cache] = np.repeat(held[0, :, 0], cache.heads if held.shape[HEADS] == 1 else 1, axis=0)
-    return scales
+    return known
+
+
+def fitted(value: ir.Value, held: Array) -> Array:
+    """Scales of another model for a cache ``b h t d`` of this one, ``(heads, channels)`` or ``(heads, 1)``.
+
+    Raises:
+        BadInput: They are for other sizes.
+    """
+    heads, channels = (value.shape[i] if value.shape is not None else None for i in (HEADS, CHANNELS))
+    if not isinstance(heads, int) or held.shape[HEADS] not in (1, heads) or held.shape[CHANNELS] not in (1, channels):
+        raise BadInput(
+            f"the scales of '{value.name}' are those of another model",
+            where="quantize-cache{like}",
+            why=f"{held.shape[HEADS]} heads of {held.shape[CHANNELS]}, not {heads} of {channels}",
+        )
+    return np.repeat(held[0, :, 0], heads if held.shape[HEADS] == 1 else 1, axis=0)
+
+
+def firsts(model: ir.Model, known: Mapping[str, Array]) -> list[ir.Value]:
+    """The outputs that begin caches which another graph goes on with: those that have scales, and no past here."""
+    joined = {present for _, present, _ in caches.joins(model)}
+    return [
+        value
+        for value in model.graph.outputs
+        if value.name in known and value not in joined and value.dtype == ir.DataType.FLOAT
+        if value.shape is not None and len(value.shape) == 4 and value.producer() is not None
+    ]
+
+
+def round_firsts(model: ir.Model, chosen: Mapping[ir.Value, Array]) -> None:
+    """Let outputs be codes with the given scales; what the graph itself reads stays."""
+    names, graph = edit.Names(model), model.graph
+    for value, scales in chosen.items():
+        assert value.shape is not None
+        channels = value.shape[CHANNELS]
+        assert isinstance(channels, int)
+        name = str(value.name)
+        nodes = Coder(graph, name, scales, channels, names).encode(value)
+        for node in nodes:
+            graph.append(node)
+        graph.outputs[list(graph.outputs).index(value)] = nodes[-1].outputs[0]
+        value.name, nodes[-1].outputs[0].name = names.fresh(f"{name}.float"), name
 
 
 def loss(cache: Cache, seen: Moments, chosen: Array) -> float:

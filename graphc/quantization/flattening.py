@@ -43,13 +43,14 @@ class Split:
 
     @property
     def source(self) -> Array:
-        """The channel that each further piece is of."""
-        return np.repeat(np.arange(len(self.pieces)), self.pieces - 1)
+        """The channel that each further piece is of: the second pieces of all channels, the third ones, ..."""
+        return np.concatenate([np.flatnonzero(self.pieces > k) for k in range(1, int(self.pieces.max()) + 1)])
 
     @property
     def number(self) -> Array:
         """Which piece of its channel each further piece is, from 1 on."""
-        return np.concatenate([np.arange(1, count) for count in self.pieces] or [np.zeros(0, int)])
+        counts = [np.count_nonzero(self.pieces > k) for k in range(1, int(self.pieces.max()) + 1)]
+        return np.repeat(np.arange(1, len(counts) + 1), counts)
 
 
 def apply(model: ir.Model, found: Sequence[Site], extra: float, ctx: Context, result: PassResult) -> None:
