@@ -11,6 +11,7 @@ import argparse
 from typing import Any
 
 import cache
+import torch_export
 from catalog import Entry, Values
 
 _SOURCE = "transformers 5.23, random weights, {} exporter"
@@ -64,7 +65,8 @@ def make(name: str) -> None:
     """Export one model, unoptimised and with a dynamic batch."""
     import torch
 
-    model, exporter = name.rsplit("-", 1)
+    model = name.rsplit("-", 1)[0]
+    exporter: torch_export.Exporter = "dynamo" if name.endswith("-dynamo") else "torchscript"
     key, shape = SHAPES[model]
 
     class First(torch.nn.Module):
@@ -77,15 +79,7 @@ def make(name: str) -> None:
 
     torch.manual_seed(0)
     module = First({"whisper-encoder": whisper, "vit-tiny": vit}[model]().eval()).eval()
-    path = cache.model(name)
-    partial = path.with_suffix(".partial")
-    common: dict[str, Any] = {"input_names": [key], "output_names": ["output"]}
-    if exporter == "dynamo":
-        common |= {"optimize": False, "external_data": False, "dynamic_shapes": ({0: torch.export.Dim("batch")},)}
-    else:
-        common |= {"do_constant_folding": False, "opset_version": 14, "dynamic_axes": {key: {0: "batch"}}}
-    torch.onnx.export(module, (torch.zeros(2, *shape[1:]),), partial, dynamo=exporter == "dynamo", **common)
-    partial.replace(path)
+    torch_export.export(module, (torch.zeros(2, *shape[1:]),), cache.model(name), exporter, {key: {0: "batch"}})
 
 
 def main() -> None:

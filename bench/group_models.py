@@ -25,6 +25,7 @@ import torch
 import torch_pruning
 from torch import Tensor, nn
 from torch.nn import functional
+from torch_export import export
 
 from graphc.axes.groups import analyse
 
@@ -211,7 +212,7 @@ MODELS: dict[str, tuple[Callable[[], Example], str]] = {
 def graph(name: str, module: nn.Module, example: Any, cached: str) -> ir.Model:
     path = cache.model(cached) if cached else cache.root() / f"groups-{name}.onnx"
     if not path.exists():
-        torch.onnx.export(module, (example,), path, dynamo=False, opset_version=17, input_names=["x"])
+        export(module, (example,), path, "torchscript", {"x": {}}, opset=17, fold=True)
     return ir.load(path)
 
 

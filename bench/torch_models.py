@@ -11,10 +11,10 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import cache
 import torch
+from torch_export import Exporter, export
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 EFFICIENTNET = (
@@ -108,58 +108,25 @@ def llama() -> torch.nn.Module:
     return _Positional(LlamaForCausalLM(config), "logits")
 
 
-_BATCH, _SEQ = torch.export.Dim("batch"), torch.export.Dim("seq")
-TOKENS = {"input_ids": {0: _BATCH, 1: _SEQ}, "attention_mask": {0: _BATCH, 1: _SEQ}}
-IMAGE = {"image": {0: _BATCH}}
+_AXES = {0: "batch", 1: "seq"}
+TOKENS = {"input_ids": _AXES, "attention_mask": _AXES}
+IMAGE = {"image": {0: "batch"}}
 """The inputs of a model with their dynamic axes."""
 
 
-def example(inputs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+def example(inputs: dict[str, dict[int, str]]) -> tuple[torch.Tensor, ...]:
     if inputs is TOKENS:
         return torch.arange(32).reshape(2, 16), torch.ones(2, 16, dtype=torch.int64)
     return (torch.zeros(2, 3, 224, 224),)
 
 
-def torchscript(model: torch.nn.Module, inputs: dict[str, Any], path: Path) -> None:
-    """Export with the TorchScript exporter: nothing folded, layer norms spelt out, dynamic sizes."""
-    axes = {axis: dim.__name__ for axis, dim in next(iter(inputs.values())).items()}
-    torch.onnx.export(
-        model,
-        example(inputs),
-        path,
-        dynamo=False,
-        do_constant_folding=False,
-        opset_version=14,
-        input_names=list(inputs),
-        output_names=["output"],
-        dynamic_axes=dict.fromkeys([*inputs, "output"], axes),
-    )
-
-
-def dynamo(model: torch.nn.Module, inputs: dict[str, Any], path: Path) -> None:
-    """Export with the torch.export exporter, unoptimised, batch and sequence dynamic."""
-    torch.onnx.export(
-        model,
-        example(inputs),
-        path,
-        dynamo=True,
-        optimize=False,
-        external_data=False,
-        input_names=list(inputs),
-        output_names=["output"],
-        dynamic_shapes=tuple(inputs.values()),
-    )
-
-
-Export = Callable[[torch.nn.Module, dict[str, Any], Path], None]
-
-MAKERS: dict[str, tuple[Callable[[], torch.nn.Module], dict[str, Any], Export]] = {
-    "efficientnet-lite0": (efficientnet, IMAGE, dynamo),
-    "minilm-dynamo": (minilm, TOKENS, dynamo),
-    "minilm-torchscript": (minilm, TOKENS, torchscript),
-    "llama-dynamo": (llama, TOKENS, dynamo),
-    "bert-torchscript": (bert, TOKENS, torchscript),
-    "smollm2-dynamo": (smollm2, TOKENS, dynamo),
+MAKERS: dict[str, tuple[Callable[[], torch.nn.Module], dict[str, dict[int, str]], Exporter]] = {
+    "efficientnet-lite0": (efficientnet, IMAGE, "dynamo"),
+    "minilm-dynamo": (minilm, TOKENS, "dynamo"),
+    "minilm-torchscript": (minilm, TOKENS, "torchscript"),
+    "llama-dynamo": (llama, TOKENS, "dynamo"),
+    "bert-torchscript": (bert, TOKENS, "torchscript"),
+    "smollm2-dynamo": (smollm2, TOKENS, "dynamo"),
 }
 
 
@@ -171,10 +138,8 @@ def main() -> None:
         if not path.exists():
             print(f"making {name}", flush=True)
             torch.manual_seed(0)
-            make, inputs, export = MAKERS[name]
-            partial = path.with_suffix(".partial")
-            export(make().eval(), inputs, partial)
-            partial.replace(path)
+            make, inputs, exporter = MAKERS[name]
+            export(make().eval(), example(inputs), path, exporter, inputs)
 
 
 if __name__ == "__main__":
