@@ -110,6 +110,7 @@ def bench(
         BadInput: A model does not load, or does not run with the inputs.
     """
     from graphc import compiled, frontends
+    from graphc.checking.interface import fitting
     from graphc.data import load
 
     progress("loading", 0, len(models))
@@ -140,10 +141,14 @@ def bench(
                 runnables[label] = runtime.session(path, optimise=True, provider=provider, threads=threads)
         arrays = load(data, first)[0] if data is not None else sample(first)
         progress("timing", 0, 0)
-        times = timing.measure(runnables, arrays, seconds=seconds)
+        fed = {
+            label: fitting(each.original, arrays) if isinstance(each, frontends.Source) else arrays
+            for label, each in zip(labels, loaded, strict=True)
+        }
+        times = timing.measure(runnables, fed, seconds=seconds)
         for i, (label, path) in enumerate(zip(labels, files, strict=True)):
             progress("measuring memory", i, len(models))
-            memory = timing.peak_memory(path, arrays, provider=provider, threads=threads)
+            memory = timing.peak_memory(path, fed[label], provider=provider, threads=threads)
             measured = {"memory": memory.peak, "anonymous": memory.anonymous}
             rows.append({"model": str(paths[i]), **asdict(times[label]), **measured})
     return {

@@ -23,6 +23,7 @@ from graphc.errors import BadInput
 from graphc.model import save
 from graphc.passes.lower import Lower
 from graphc.passes.quantize_cache import QuantizeCache
+from graphc.passes.simplify import Simplify
 from graphc.recipe import Recipe
 from graphc.stats import Collector
 from tests import test_recognise_cache, test_run_script
@@ -151,6 +152,21 @@ def test_lower_reads_the_codes_and_appends_in_place(
         for name, array in found.items():
             array = array[:, :, : past + 1] if name in shared else array
             np.testing.assert_allclose(array, wanted[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("fewer", [1, 2])
+def test_lower_knows_it_after_simplify(fewer: int) -> None:
+    """What has no effect for one head or one token is gone then."""
+    model = decoder(heads=4, fewer=fewer)
+    inputs = example(model, 0, 5)
+    coded, _ = quantized(model, [inputs])
+    Simplify().run(coded, CONTEXT)
+    after = coded.clone()
+    assert Lower(**ONLY).run(after, always(0.5)).changes == ["GroupQueryAttention written"]
+    fed = fitting(coded, inputs)
+    wanted = run(coded, fed)
+    for name, array in run(after, fed).items():
+        np.testing.assert_allclose(array, wanted[name], rtol=0, atol=1e-5)
 
 
 def test_keys_alone_in_codes_are_not_lowered() -> None:
@@ -352,7 +368,9 @@ def test_verify_says_how_far_it_is(tmp_path: Path, capsys: pytest.CaptureFixture
     before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
     save(model, before), save(coded, after)
     assert cli.main(["verify", str(before), str(after)]) == 1
-    assert "differs by up to" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "differs by up to" in shown and "its caches are in 8-bit codes" in shown
+    assert cli.main(["bench", str(before), str(after), "--seconds", "0.1"]) == 0
     same = coded.clone()
     Lower(**ONLY).run(same, always(0.5))
     assert checking.compare(coded, same).ok

@@ -59,6 +59,9 @@ FEW_CASES = 2
 SLOW = 1.0
 """Seconds of a run from which a model is slow."""
 
+CODED = "its caches are in 8-bit codes: what differs is what rounding them costs, on values like those of the data"
+"""What is said of a candidate whose caches are codes where those of the reference are not."""
+
 _WEAK = 0.05
 """Noise relative to the output from which equality says little."""
 
@@ -174,13 +177,14 @@ class Checker:
         """
         expected = self._prepare()
         runnable: Runnable
+        coded: tuple[str, ...] = ()
         try:
             if isinstance(candidate, Runnable):
                 runnable = candidate
             else:
                 model = models.load(candidate) if isinstance(candidate, Path) else candidate
-                if self._model is not None:
-                    model = as_came(self._model, model)
+                came = model if self._model is None else as_came(self._model, model)
+                coded, model = (CODED,) if came is not model else (), came
                 if self._model is not None and (changed := difference(self._model, model)):
                     return Comparison(False, bool(expected), changed)
                 if expected:
@@ -192,7 +196,8 @@ class Checker:
         if optimise:
             self._measure_optimiser(expected)
         try:
-            return self._compare(expected, runnable, optimise)
+            found = self._compare(expected, runnable, optimise)
+            return dataclasses.replace(found, notes=(*found.notes, *coded))
         finally:
             if isinstance(runnable, Tapped):
                 runnable.close()

@@ -68,7 +68,7 @@ def _find(node: ir.Node, slot: int, at: int, graph: Graph) -> Coded | None:
         raise Refused(_OTHERWISE)
     new, whole = rounding.inputs[0], np.broadcast_to(scale, (1, heads, 1, channels))
     same = all(_scale_is(each, whole) for each in (rounding, back))
-    joined = _joined(codes, past)
+    joined = _joined(codes, past, graph)
     if new is None or graph.rank(new) != 3 or not same or joined is None:
         raise Refused(_OTHERWISE)
     before = (*(each for each in reversed(nodes) if each is not None), rounding, back)
@@ -83,18 +83,22 @@ def _scale_is(node: ir.Node, whole: Array) -> bool:
     return scale is not None and last and np.array_equal(scale, whole.reshape(-1)) and (zero is None or not zero.any())
 
 
-def _joined(codes: ir.Value | None, past: ir.Value) -> tuple[ir.Node, ...] | None:
+def _joined(codes: ir.Value | None, past: ir.Value, graph: Graph) -> tuple[ir.Node, ...] | None:
     """The nodes that lay codes ``b t (h d)`` out as ``b h t d`` and join them to the past."""
     assert codes is not None
     for reshape in codes.consumers():
         if not is_op(reshape, "Reshape"):
             continue
-        transpose = next(iter(reshape.outputs[0].consumers()), None)
-        if transpose is None or not is_op(transpose, "Transpose") or edit.attribute(transpose, "perm") != (0, 2, 1, 3):
-            continue
-        join = next(iter(transpose.outputs[0].consumers()), None)
-        if join is not None and is_op(join, "Concat") and list(join.inputs) == [past, transpose.outputs[0]]:
-            sizes, wanted = edit.constant(reshape.inputs[1]), past.shape
-            if sizes is not None and wanted is not None and list(sizes[2:]) == [wanted[HEADS], wanted[CHANNELS]]:
-                return reshape, transpose, join
+        dims, heads = graph.dims(reshape.outputs[0]) or (), list((graph.dims(past) or ())[HEADS::2])
+        for after in reshape.outputs[0].consumers():
+            if is_op(after, "Transpose") and edit.attribute(after, "perm") == (0, 2, 1, 3) and list(dims[2:]) == heads:
+                row: tuple[ir.Node, ...] = (reshape, after)
+            # Of one head, or of one token, nothing has to be turned.
+            elif len(dims) == 4 and [dims[HEADS], dims[CHANNELS]] == heads and 1 in dims[1:3]:
+                row = (reshape,)
+            else:
+                continue
+            for join in row[-1].outputs[0].consumers():
+                if is_op(join, "Concat") and list(join.inputs) == [past, row[-1].outputs[0]]:
+                    return (*row, join)
     return None
