@@ -52,7 +52,7 @@ class Lower(Pass):
     - ``group-query-attention``: Attention of one token with its cache becomes GroupQueryAttention.
     - ``quick-gelu``: A product with a Sigmoid of the same becomes QuickGelu.
     - ``bias-gelu``: Add of a vector and Gelu become BiasGelu.
-    - ``moe``: A router, the experts that it picks and their sum become MoE.
+    - ``moe``: A router, the experts that it picks, or that are applied one by one, and their sum become MoE.
     - ``qmoe``: The same, with weights of 4 or 8 bits, become QMoE, which reads them packed and rounds nothing more.
     - ``sum-norm``: Add before LayerNormalization becomes Sum, which the session does not fuse with it: its
       SkipLayerNormalization may be slower than the two.

@@ -12,22 +12,26 @@ from graphc import edit
 from graphc.contract import Context, Effect, Pass, PassResult, option
 from graphc.opset.adapters import Unconvertible
 from graphc.opset.upgrade import upgrade
-from graphc.recognition import attention, gates, norms, rotary
+from graphc.recognition import attention, experts, gates, norms, rotary
 from graphc.recognition.graph import Graph
 from graphc.rewrites import elementwise
 from graphc.rewrites.base import Refused, Rule
 
-RuleName = Literal["elementwise", "swish", "layer-norm", "rms-norm", "rotary", "attention"]
+RuleName = Literal["elementwise", "swish", "layer-norm", "rms-norm", "rotary", "attention", "experts"]
 
 STAGES: tuple[tuple[Rule, ...], ...] = (
     (*elementwise.RULES, gates.SWISH, norms.LAYER_NORM, norms.RMS_NORM),
     (rotary.ROTARY,),
     (attention.ATTENTION,),
+    (experts.EXPERTS,),
 )
 """All rules. A stage is finished before the next one begins: attention looks through rotary embeddings."""
 
 OPERATORS: dict[str, str] = {"rms-norm": "RMSNormalization", "rotary": "RotaryEmbedding", "attention": "Attention"}
 """What a rule writes, where not every runtime has it."""
+
+ON_DEMAND = frozenset({"experts"})
+"""Rules that are applied only if ``only`` names them."""
 
 _NEWEST = 23
 """The opset that has the operators; the output keeps an older one where none of them was found."""
@@ -46,6 +50,9 @@ class Recognise(Pass):
     - ``rms-norm``: RMSNormalization (opset 23).
     - ``rotary``: RotaryEmbedding, by halves or pairs, of all channels or the first (opset 23).
     - ``attention``: Attention, with heads, scale, mask, repeated keys, and a cache of past keys (opset 23).
+    - ``experts``: Experts that are applied one by one, each to the tokens that chose it, become stacks of weights that
+      each token picks from, which ``prune`` can take experts from. Only if it is asked for (``only``): a stack's
+      picked weights take memory by token. ``lower`` makes MoE of both forms.
     """
 
     effect: ClassVar[Effect] = Effect.EXACT
@@ -57,7 +64,8 @@ class Recognise(Pass):
         """Raise the opset where the target allows it, then apply all rules once, stage by stage."""
         result = PassResult()
         names = [name for stage in STAGES for rule in stage for name in rule.names]
-        enabled = frozenset(n for n in names if (not self.only or n in self.only) and n not in self.skip)
+        wanted = self.only or [n for n in names if n not in ON_DEMAND]
+        enabled = frozenset(n for n in wanted if n not in self.skip)
         newest = gates.SINCE if "swish" in enabled and gates.wanted(model, ctx.target) else _NEWEST
         why = _raise_opset(model, ctx, newest)
         if why:

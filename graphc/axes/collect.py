@@ -140,6 +140,9 @@ class Collector:
         found: dict[Axis, list[Any]] = defaultdict(list)
         for value, reader, axes in constants:
             for i, tree in enumerate(axes):
+                # What is filled to sizes of the input, such as (batch sequence), cannot be cut along them.
+                if not isinstance(find(tree).size, int):
+                    continue
                 seen: set[Axis] = set()
                 for leaf, offset, stride, outer, path in _occurrences(tree):
                     key = self._key(leaf)
@@ -289,6 +292,9 @@ class Collector:
             if tensor is None or tensor.dtype in INTEGERS:
                 continue
             for i, tree in enumerate(axes):
+                # What is filled to sizes of the input, such as (batch sequence), cannot be cut along them.
+                if not isinstance(find(tree).size, int):
+                    continue
                 seen: set[Axis] = set()
                 single = [leaf for leaf in leaves(tree) if leaf.size == 1 and self._key(leaf) is leaf]
                 if len(single) > 1:

@@ -44,7 +44,7 @@ def find(node: ir.Node, graph: Graph) -> Site | None:
     found = experts.find(node, graph)
     if found is None:
         return None
-    held = [t for t in (edit.tensor(found.first), edit.tensor(found.second)) if t is not None]
+    held = [t for t in map(experts.constant_of, (found.first, found.second)) if t is not None]
     if len(held) < 2 or {found.tokens.dtype, *(t.dtype for t in held)} != {ir.DataType.FLOAT}:
         raise Refused("MoE computes in float32, with constant weights")
     if sum(edit.nbytes(t) for t in held) > _LARGEST:
@@ -67,12 +67,14 @@ class Setting:
         second: How those of the last product's are.
         attributes: The operator's.
         turned: For both, whether the stack is ``(experts, in, out)``.
+        order: Where the gates among the first product's rows are.
     """
 
     first: Callable[[Array], Array]
     second: Callable[[Array], Array]
     attributes: dict[str, Any]
     turned: tuple[bool, bool]
+    order: str = ""
 
 
 def settings(
@@ -100,7 +102,7 @@ def settings(
                 for attributes in [_GATED] if inner == 2 * hidden else [{"activation_type": name} for name in _PLAIN]:
                     for normalised in (1, 0):
                         how = {"k": chosen, "normalize_routing_weights": normalised, **attributes}
-                        yield Setting(rows, last, how, (turned, swapped)), (inner, hidden)
+                        yield Setting(rows, last, how, (turned, swapped), order), (inner, hidden)
 
 
 def written(
@@ -127,29 +129,47 @@ def written(
     if len(dims) != 2 and isinstance(width := dims[-1], int):
         tokens = between(f"{tokens.name}.rows", tokens, (symbol("rows"), width))
         steps.append(Step("Reshape", (found.tokens, ints(-1, width)), (tokens,)))
-    steps.append(Step(operator, (tokens, found.logits, *operands), (found.output,), attributes, DOMAIN))
+    output = found.output
+    if found.base is not None:
+        output = between(f"{output.name}.sum", output, graph.dims(output) or ())
+    steps.append(Step(operator, (tokens, found.logits, *operands), (output,), attributes, DOMAIN))
+    if found.base is not None:
+        base = tokens if found.base is found.tokens else found.base
+        steps.append(Step("Add", (base, output), (found.output,)))
     made = {value for node in beside for value in node.outputs}
     weights = [v for node in beside for v in node.inputs if v is not None]
     inputs = (found.tokens, found.logits, *(v for v in (found.first, found.second) if v not in made), *weights)
     nodes = (*found.nodes[::-1], *beside)
-    return Site(form, operator, nodes, inputs, (found.output,), {"k": found.chosen}, steps=tuple(steps))
+    how = {"k": found.chosen, **({"looped": 1} if found.looped else {})}
+    return Site(form, operator, nodes, inputs, (found.output,), how, steps=tuple(steps))
 
 
 def _candidates(found: Mixture, width: int, held: Sequence[ir.TensorProtocol], graph: Graph) -> Iterator[Site]:
     """MoE in every setting."""
     first, second = (sizes_of(t) for t in held)
     for setting, (rows, hidden) in settings(first, second, width, found.chosen):
-        reads = (
+        reads = [
             _weights(held[0], "first", setting.first, (rows, width)),
             None,
             _weights(held[1], "second", setting.second, (width, hidden)),
-        )
+            None,
+        ]
+        for place, (bias, order) in enumerate(zip(found.biases, (setting.order, ""), strict=True)):
+            if bias is not None and bias.const_value is not None:
+                rows_of = bias.const_value.numpy()
+                reads[2 * place + 1] = constant(str(bias.name), ir.tensor(_ordered(rows_of, order)))
+        while reads[-1] is None:
+            reads.pop()
         yield written("moe", "MoE", found, reads, setting.attributes, graph)
 
 
 def _rows(stack: Array, turned: bool, order: str) -> Array:
     """The weights of the first product, ``(experts, rows, width)``, gates and their factors in turns."""
-    stack = stack.transpose(0, 2, 1) if turned else stack
+    return _ordered(stack.transpose(0, 2, 1) if turned else stack, order)
+
+
+def _ordered(stack: Array, order: str) -> Array:
+    """The second axis with gates and their factors in turns."""
     if order not in ("halves", "swapped halves"):
         return stack
     half = stack.shape[1] // 2
@@ -184,7 +204,8 @@ def equal(site: Site, graph: Graph) -> bool:
 
     rng = np.random.default_rng(0)
     before, after, (shapes,) = models(site, graph, [shape])
-    feeds = {name: rng.standard_normal(size).astype(np.float32) for name, size in shapes.items()}
+    dtypes = {str(v.name): v.dtype.numpy() for v in before.graph.inputs if v.dtype is not None}
+    feeds = {name: rng.standard_normal(size).astype(dtypes[name]) for name, size in shapes.items()}
     try:
         wanted, found = (
             next(iter(runtime.session(model, optimise=False, threads=1).run(feeds).values()))

@@ -230,10 +230,10 @@ def export(name: str, attention: str, exporter: str, path: Path, opset: int = 0)
             dynamic_axes=dict(zip(inputs, axes, strict=True)),
             **common,
         )
-    _strip(path)
+    strip(path)
 
 
-def _strip(path: Path) -> None:
+def strip(path: Path) -> None:
     """Leave out what names files of this machine."""
     import onnx
 
