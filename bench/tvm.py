@@ -36,9 +36,12 @@ MODELS: dict[str, tuple[str, ...]] = {
     "efficientnet-lite0": ("batch=1",),
     "ppocr-cls": ("x.0=1", "x.2=48", "x.3=192"),
     "minilm-dynamo": ("batch=1", "seq=128"),
+    "fmnist_resnet/graphc-int8-static": ("batch=1",),
+    "efficientnet-lite0/graphc-int8-static": ("batch=1",),
     "smollm2-decode": ("input_ids.0=1", "past_key_values.0.key.2=128"),
 }
-"""The models, and their sizes, by name or by ``input.axis``; SmolLM2 makes one token after 128."""
+"""The models, and their sizes, by name or by ``input.axis``; SmolLM2 makes one token after 128. What has a
+folder was made by ``bench/quantize.py``: ONNX Runtime runs the same integers."""
 
 VARIANTS = {
     "untuned": ("", ()),
@@ -68,7 +71,7 @@ def sizes(source: Path, wanted: tuple[str, ...]) -> list[str]:
 
 def measure(name: str, variant: str, seconds: float, threads: int, out: Path) -> dict[str, Any]:
     """All numbers of a row; the artifact is made in ``out``."""
-    source = cache.model(name)
+    source = cache.root() / "quantized" / f"{name}.onnx" if "/" in name else cache.model(name)
     shapes = sizes(source, MODELS[name])
     options, flags = VARIANTS[variant]
     command: list[str | Path] = [sys.executable, "-m", "graphc", "optimize", source, "-o", out, "--no-measure", "-q"]

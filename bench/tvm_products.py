@@ -26,6 +26,7 @@ RESULTS = Path(__file__).parent / "results" / "tvm_products.json"
 PRODUCTS = ("1x576x1536", "1x2048x8192", "128x384x1536", "128x768x3072")
 FORMS = {
     "int8": "quantize{bits=8 least=0}",
+    "static int8": "quantize{scheme=static least=0}",
     "int4/32": "quantize{bits=4 block=32 least=0}",
     **{
         f"{tile} {kept}%": f"sparsify{{ratio={1 - kept / 100:.2f} pattern={tile}}},pack{{tile={tile} always=true}}"
@@ -63,7 +64,7 @@ def measure(name: str, seconds: float, threads: int) -> dict[str, Any]:
             report = pipeline.optimize(path, out, recipe=recipe, target=target, measure=False, cache=False)
             runnables[form] = target.load(out)
             found[form] = {"weights_mb": round((out / "weights.bin").stat().st_size / 1e6, 3)}
-            if form.startswith("int") and report.model is not None:
+            if "int" in form and report.model is not None:
                 runnables[f"onnxruntime {form}"] = runtime.session(report.model, optimise=True, threads=threads)
         given = {"x": np.random.default_rng(1).standard_normal((rows, inputs)).astype(np.float32)}
         timings = runtime.measure(runnables, given, seconds=seconds, warmup=3)
