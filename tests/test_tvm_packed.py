@@ -148,6 +148,39 @@ def test_what_reads_a_weight(reader: str, tmp_path: Path) -> None:
     assert size < 64 * 64 if wanted else size >= 4 * 64 * 64
 
 
+FOLLOWED = {
+    "a bias": ("a = MatMul(x, w)\n y = Add(a, b)", ["PackedProduct"]),
+    "a bias, first": ("a = MatMul(x, w)\n y = Add(b, a)", ["PackedProduct"]),
+    "a bias and a Relu": ("a = MatMul(x, w)\n c = Add(a, b)\n y = Relu(c)", ["PackedProduct"]),
+    "a Relu": ("a = MatMul(x, w)\n y = Relu(a)", ["PackedProduct"]),
+    "a Gemm's bias and a Relu": ("a = Gemm(x, w, b)\n y = Relu(a)", ["PackedProduct"]),
+    "read twice": ("a = MatMul(x, w)\n c = Add(a, b)\n y = Mul(a, c)", ["PackedProduct", "Add", "Mul"]),
+    "a sum of rows": ("a = MatMul(x, w)\n y = Add(a, x)", ["PackedProduct", "Add"]),
+    "a sum that a Gemm has": ("a = Gemm(x, w, x)\n y = Relu(a)", ["PackedProduct", "Add", "Relu"]),
+}
+
+
+@pytest.mark.parametrize("rows", [2, 9])
+@pytest.mark.parametrize("case", FOLLOWED)
+def test_what_follows_a_product_belongs_to_it(case: str, rows: int, tmp_path: Path) -> None:
+    body, wanted = FOLLOWED[case]
+    model = quantized(body, f"(float[{rows},92] x) => (float y)", (92, 92), dtype=SIGNED[4], axis=1)
+    held = ir.tensor(np.random.default_rng(1).standard_normal(92).astype(np.float32), name="b")
+    bias = ir.Value(name="b", shape=ir.Shape((92,)), type=ir.TensorType(ir.DataType.FLOAT), const_value=held)
+    for node in model.graph:
+        for number, value in enumerate(node.inputs):
+            if value is not None and value.name == "b":
+                model.graph.initializers["b"] = bias
+                node.replace_input_with(number, bias)
+    ((_, _, simple),) = emit.lowered(model.clone(), ())
+    assert [node.op_type for node in simple.graph] == wanted
+    made = build(model.clone(), tmp_path / "out")
+    verdict = compiled.compare(model, made)
+    assert verdict.checked and verdict.ok, verdict.why
+    given = {"x": np.full((rows, 92), np.nan, np.float32)}
+    assert np.isnan(made.run(given)["y"]).all()
+
+
 @pytest.mark.parametrize(("bits", "signed", "zeros"), [(4, True, False), (8, False, True), (2, True, False)])
 def test_the_expressions_for_other_targets_say_the_same(bits: int, signed: bool, zeros: bool) -> None:
     """What CUDA code is made of, here compiled for this processor."""

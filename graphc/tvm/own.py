@@ -65,11 +65,11 @@ def _panels(builder: Any, value: Any, lanes: int) -> Any:
     return builder.emit(relax.op.permute_dims(cut, [0, 2, 1]))
 
 
-def _layout(inputs: Sequence[Any], attributes: Mapping[str, Any], lanes: int) -> packed_kernels.Layout:
+def _layout(attributes: Mapping[str, Any], lanes: int) -> packed_kernels.Layout:
     depth = -(-attributes["depth"] // attributes["block"]) * attributes["block"]
-    zeros = len(inputs) > 3
+    signed, zeros = bool(attributes["signed"]), bool(attributes["zeros"])
     return packed_kernels.Layout(
-        attributes["outputs"], depth, attributes["bits"], attributes["block"], bool(attributes["signed"]), zeros, lanes
+        attributes["outputs"], depth, attributes["bits"], attributes["block"], signed, zeros, lanes
     )
 
 
@@ -79,22 +79,30 @@ def _product(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any],
     x, dtype = inputs[0], str(inputs[0].ty.dtype)
     *outer, depth = _sizes(x)
     rows = math.prod(outer)
-    layout = _layout(inputs, attributes, _lanes(target))
+    layout = _layout(attributes, _lanes(target))
     x = builder.emit(relax.op.reshape(x, (rows, depth)))
     if layout.depth > depth:
         x = builder.emit(relax.op.nn.pad(x, [0, 0, 0, layout.depth - depth]))
+    bias, relu = bool(attributes["bias"]), bool(attributes["relu"])
     weight = [_panels(builder, value, layout.lanes) for value in inputs[1:]]
     if target.kind.name == "llvm":
         x = x if dtype == "float32" else builder.emit(relax.op.astype(x, "float32"))
-        function = packed_kernels.product(rows, layout, Machine.of(target))
+        function = packed_kernels.product(rows, layout, Machine.of(target), bias=bias, relu=relu)
         y = _call(builder, "packed_product", function, [x, *weight], (rows, layout.outputs))
         y = y if dtype == "float32" else builder.emit(relax.op.astype(y, dtype))
-    elif rows == 1:
-        y = builder.emit_te(packed_kernels.computed_row(layout), x, *weight, primfunc_name_hint="packed_row")
     else:
-        numbers = packed_kernels.computed_numbers(layout)
-        dense = builder.emit_te(numbers, x, *weight, primfunc_name_hint="packed_numbers")
-        y = builder.emit_te(packed_kernels.computed_product, x, dense, primfunc_name_hint="dense_product")
+        weight = weight[: 2 + layout.zeros]
+        if rows == 1:
+            y = builder.emit_te(packed_kernels.computed_row(layout), x, *weight, primfunc_name_hint="packed_row")
+        else:
+            numbers = packed_kernels.computed_numbers(layout)
+            dense = builder.emit_te(numbers, x, *weight, primfunc_name_hint="packed_numbers")
+            y = builder.emit_te(packed_kernels.computed_product, x, dense, primfunc_name_hint="dense_product")
+        if bias:
+            added = relax.op.strided_slice(inputs[-1], [0], [0], [layout.outputs])
+            added = builder.emit(relax.op.reshape(builder.emit(added), (layout.outputs,)))
+            y = builder.emit(relax.op.add(y, builder.emit(relax.op.astype(added, dtype))))
+        y = builder.emit(relax.op.nn.relu(y)) if relu else y
     return builder.emit(relax.op.reshape(y, (*outer, layout.outputs)))
 
 
@@ -102,7 +110,7 @@ def _lookup(builder: Any, inputs: Sequence[Any], attributes: Mapping[str, Any], 
     from tvm import relax
 
     outer, dtype = _sizes(inputs[0]), "float16" if attributes["half"] else "float32"
-    count, layout = math.prod(outer), _layout(inputs, attributes, _lanes(target))
+    count, layout = math.prod(outer), _layout(attributes, _lanes(target))
     index = builder.emit(relax.op.reshape(inputs[0], (count,)))
     weight = [_panels(builder, value, layout.lanes) for value in inputs[1:]]
     if target.kind.name == "llvm":

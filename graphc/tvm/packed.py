@@ -1,8 +1,10 @@
 """Weights that stay packed: products and lookups read codes of 2, 4 or 8 bits, in operators of graphc's own.
 
-``PackedProduct(x, words, scales, zeros)`` and ``PackedLookup(index, words, scales, zeros)`` stand in a lowered model
-where MatMul, Gemm or Gather read a dequantized constant. ``words`` is ``(outputs, depth / codes of a word)`` int32, the
-first code in the lowest bits; ``scales`` and ``zeros`` are ``(outputs, blocks)`` float32. Both sizes are filled up.
+``PackedProduct(x, words, scales, zeros, bias)`` and ``PackedLookup(index, words, scales, zeros)`` stand in a lowered
+model where MatMul, Gemm or Gather read a dequantized constant. ``words`` is ``(outputs, depth / codes of a word)``
+int32, the first code in the lowest bits; ``scales`` and ``zeros`` are ``(outputs, blocks)`` float32. Both sizes are
+filled up. A constant that is added to a product, ``bias (outputs, 1)``, and a Relu after it belong to the operator:
+what is in registers is not stored and read again.
 """
 
 from __future__ import annotations
@@ -93,12 +95,51 @@ def _write(weight: nbits.Weight, graph: Graph) -> None:
         made["zeros"] = _filled(zero)
     operands = [edit.initializer(home, array, graph.fresh(f"{name}.{part}")) for part, array in made.items()]
     settings = {"outputs": outputs, "depth": depth, "bits": weight.bits, "block": block, "signed": int(signed)}
+    settings["zeros"] = int(zero is not None)
     for node in weight.products:
-        put(node, PRODUCT, [node.inputs[0], *operands], settings, graph)
+        bias, after = _followers(node, outputs)
+        held = [] if bias is None else [edit.initializer(home, _filled(bias), graph.fresh(f"{name}.bias"))]
+        more = {"bias": len(held), "relu": int(any(edit.is_op(each, "Relu") for each in after))}
+        if held and edit.is_op(node, "Gemm") and len(node.inputs) > 2:
+            node.replace_input_with(2, None)
+        put(node, PRODUCT, [node.inputs[0], *operands, *held], {**settings, **more}, graph)
+        for each in after:
+            result = next(v for v in each.inputs if v is not None and edit.tensor(v) is None)
+            edit.replace(each.outputs[0], result)
+            edit.remove(each)
     settings["half"] = int(weight.scale.dtype == np.float16)
     for node in weight.lookups:
         put(node, LOOKUP, [node.inputs[1], *operands], settings, graph)
     graph.sweep([value for node in weight.nodes for value in node.outputs])
+
+
+def _followers(node: ir.Node, outputs: int) -> tuple[Array | None, list[ir.Node]]:
+    """A constant that is added to a product's outputs, as ``(outputs, 1)``, and the nodes that do so, and a Relu."""
+    found: list[ir.Node] = []
+    bias: Array | None = None
+
+    def column(value: ir.Value | None, rank: int) -> Array | None:
+        array = edit.constant(value)
+        if array is None or not 1 <= array.ndim <= rank or not array.size == array.shape[-1] == outputs:
+            return None
+        return array.reshape(outputs, 1).astype(np.float32)
+
+    def reader(value: ir.Value) -> ir.Node | None:
+        readers = [use.node for use in value.uses()]
+        return readers[0] if len(readers) == 1 and not value.is_graph_output() else None
+
+    out = node.outputs[0]
+    rank = len(out.shape) if out.shape is not None else 0
+    if edit.is_op(node, "Gemm") and len(node.inputs) > 2 and node.inputs[2] is not None:
+        if (bias := column(node.inputs[2], rank)) is None:
+            return None, []
+    elif (after := reader(out)) is not None and edit.is_op(after, "Add"):
+        other = after.inputs[1] if after.inputs[0] is out else after.inputs[0]
+        if (bias := column(other, rank)) is None:
+            return None, []
+        found.append(after)
+    after = reader(found[-1].outputs[0] if found else out)
+    return bias, [*found, after] if after is not None and edit.is_op(after, "Relu") else found
 
 
 def _blocks(weight: nbits.Weight) -> tuple[int, Array, Array | None]:

@@ -8,6 +8,7 @@ a vector of outputs for each of its codes, by a shift and a conversion. Scales (
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,9 @@ FEW = 4
 
 WORD = 32
 """Bits of a word of codes."""
+
+Store = Callable[[Any, Any, Any], None]
+"""Of a row, a panel, and the vector of its sums."""
 
 OUTPUTS = 16
 """The number that outputs are filled up to a multiple of: the lanes of the widest vector register."""
@@ -79,18 +83,33 @@ class Layout:
         return cast(T.bitwise_and(moved, spread(T.int32((1 << self.bits) - 1), lanes)), "float32", lanes)
 
 
-def product(rows: int, layout: Layout, machine: Machine) -> Any:
-    """``y[rows, outputs] = x[rows, depth] @ dequantized.T``, both float32."""
+def product(rows: int, layout: Layout, machine: Machine, *, bias: bool = False, relu: bool = False) -> Any:
+    """``y[rows, outputs] = x[rows, depth] @ dequantized.T + bias``, all float32, bounded by ``relu``.
+
+    ``bias`` is ``(panels, 1, lanes)``.
+    """
     write = _few if rows <= FEW else _many
-    arguments = [("x", (rows, layout.depth), "float32"), *layout.arguments(), ("y", (rows, layout.outputs), "float32")]
+    added = [("bias", (layout.panels, 1, layout.lanes), "float32")] if bias else []
+    given, result = ("x", (rows, layout.depth), "float32"), ("y", (rows, layout.outputs), "float32")
 
     def body(x: Any, words: Any, scales: Any, *rest: Any) -> None:
-        write(rows, layout, machine, x, words, scales, rest[0] if layout.zeros else None, rest[-1])
+        def store(row: Any, panel: Any, value: Any) -> None:
+            from tvm import tirx
 
-    return kernel(arguments, body)
+            lanes = layout.lanes
+            value = value + rest[-2][panel, 0, lanes_from(0, lanes)] if bias else value
+            # Zero first: a number that is none stays.
+            value = tirx.Max(spread(tirx.const(0.0, "float32"), lanes), value) if relu else value
+            store_columns(rest[-1], row, panel * lanes, value, lanes, layout.outputs, layout.filled)
+
+        write(rows, layout, machine, x, words, scales, rest[0] if layout.zeros else None, store)
+
+    return kernel([given, *layout.arguments(), *added, result], body)
 
 
-def _few(rows: int, layout: Layout, machine: Machine, x: Any, words: Any, scales: Any, zeros: Any, y: Any) -> None:
+def _few(
+    rows: int, layout: Layout, machine: Machine, x: Any, words: Any, scales: Any, zeros: Any, store: Store
+) -> None:
     """Each task has some panels of outputs; a block's sum is scaled once."""
     from tvm.tirx.script.builder import ir as T
 
@@ -132,11 +151,12 @@ def _few(rows: int, layout: Layout, machine: Machine, x: Any, words: Any, scales
                     T.buffer_store(total, total[at] + sums * scales[where], [at])
         for row in range(rows):
             for v in range(wide):
-                column = (task * wide + v) * lanes
-                store_columns(y, row, column, total[places[row][v]], lanes, layout.outputs, layout.filled)
+                store(row, task * wide + v, total[places[row][v]])
 
 
-def _many(rows: int, layout: Layout, machine: Machine, x: Any, words: Any, scales: Any, zeros: Any, y: Any) -> None:
+def _many(
+    rows: int, layout: Layout, machine: Machine, x: Any, words: Any, scales: Any, zeros: Any, store: Store
+) -> None:
     """Each task converts the codes of some outputs once, and multiplies its rows with them in tiles."""
     from tvm.tirx.script.builder import ir as T
 
@@ -160,8 +180,7 @@ def _many(rows: int, layout: Layout, machine: Machine, x: Any, words: Any, scale
                     T.buffer_store(sums, sums[at] + number * numbers[k, lanes_from(v * lanes, lanes)], [at])
         for row in range(count):
             for v in range(wide):
-                column = (task * wide + v) * lanes
-                store_columns(y, first + row, column, sums[places[row][v]], lanes, layout.outputs, layout.filled)
+                store(first + row, task * wide + v, sums[places[row][v]])
 
     with loop(groups * chunks, parallel=True) as both:
         task, chunk = (both // chunks, both % chunks) if chunks > 1 else (both, 0)
