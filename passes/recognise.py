@@ -12,7 +12,7 @@ from graphc import edit
 from graphc.contract import Context, Effect, Pass, PassResult, option
 from graphc.opset.adapters import Unconvertible
 from graphc.opset.upgrade import upgrade
-from graphc.recognition import attention, experts, gates, norms, rotary
+from graphc.recognition import attention, experts, gains, gates, norms, rotary
 from graphc.recognition.graph import Graph
 from graphc.rewrites import elementwise
 from graphc.rewrites.base import Refused, Rule
@@ -21,7 +21,7 @@ RuleName = Literal["elementwise", "swish", "layer-norm", "rms-norm", "rotary", "
 
 STAGES: tuple[tuple[Rule, ...], ...] = (
     (*elementwise.RULES, gates.SWISH, norms.LAYER_NORM, norms.RMS_NORM),
-    (rotary.ROTARY,),
+    (rotary.ROTARY, gains.GAIN),
     (attention.ATTENTION,),
     (experts.EXPERTS,),
 )

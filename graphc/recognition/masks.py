@@ -10,12 +10,13 @@ import onnx_ir as ir
 
 from graphc import edit
 from graphc.recognition.graph import Graph
-from graphc.recognition.layout import Axes, Axis, Place, arrange, reachable, resolve, settled, size, trace
+from graphc.recognition.layout import Axes, Axis, Place, arrange, reachable, resolve, settled, size, sizes, trace
 from graphc.recognition.scores import Mask, Scores, absorbs, extremes, lowest, nearly_lowest, never_empty, overflows
 from graphc.recognition.triangles import is_lower_triangle
 from graphc.rewrites.base import Refused
 from graphc.shapes import symbolic
 from graphc.shapes.symbolic import Dim
+from graphc.simplification.chains import target
 
 if TYPE_CHECKING:
     from graphc.recognition.operator import Heads
@@ -245,7 +246,37 @@ def _placed(value: ir.Value, axes: Axes, shape: Sequence[Axis], before: ir.Node,
         if reachable(place, wanted, graph) is not None:
             made = graph.made[key] = arrange(place, wanted, before, graph)
             return made
-    raise Refused("a mask covers only a part of the batch or of the heads")
+    repeated = _repeated(value, axes, shape, before, graph)
+    if repeated is None:
+        raise Refused("a mask covers only a part of the batch or of the heads")
+    graph.made[key] = repeated
+    return repeated
+
+
+def _repeated(value: ir.Value, axes: Axes, shape: Sequence[Axis], before: ir.Node, graph: Graph) -> ir.Value | None:
+    """A mask of the inner part of the batch, as of the windows of an image, for all of it."""
+    batch = resolve(shape[0])
+    for place in reversed(list(trace(value, axes, graph))):
+        if place.factor != 1.0 or place.picked or place.copied:
+            continue
+        own = {leaf for axis in settled(place.axes) for leaf in axis}
+        parts = [own & set(resolve(axis)) for axis in shape]
+        if not parts[0] or any(
+            part and part != set(resolve(axis)) for part, axis in zip(parts[1:], shape[1:], strict=True)
+        ):
+            continue
+        rest = tuple(axis if part else () for part, axis in zip(parts[1:], shape[1:], strict=True))
+        wanted = (*((leaf,) if leaf in own else () for leaf in batch), *rest)
+        full = (*(leaf.size for leaf in batch), *sizes(rest))
+        numbers = target(full, (size(batch), *sizes(rest)), None)
+        counts = tuple(1 if leaf in own else leaf.size for leaf in batch) + (1,) * len(rest)
+        if isinstance(numbers, str) or not graph.readable(counts) or reachable(place, wanted, graph) is None:
+            continue
+        made = arrange(place, wanted, before, graph)
+        made = graph.make(before, "Expand", [made, graph.sizes(before, counts)], like=value, shape=full)
+        result = (size(batch), *sizes(rest))
+        return graph.make(before, "Reshape", [made, graph.ints(before, numbers)], like=value, shape=result)
+    return None
 
 
 def _lengthened(value: ir.Value, keys: Axis, places: Sequence[Place], before: ir.Node, graph: Graph) -> ir.Value:

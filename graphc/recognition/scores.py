@@ -16,7 +16,7 @@ from graphc.recognition.layout import Axes, moved, settled, sizes
 from graphc.recognition.products import Product
 from graphc.rewrites.base import Refused
 
-_PASSED = (
+PASSED = (
     "Mul",
     "Div",
     "Add",
@@ -31,6 +31,8 @@ _PASSED = (
     "Unsqueeze",
     "Identity",
 )
+"""Operators that may stand between the product and the softmax."""
+
 _DEEPEST = 12
 """Nodes between the product and the softmax at most."""
 
@@ -86,7 +88,7 @@ def find_product(value: ir.Value, depth: int = _DEEPEST) -> list[ir.Node] | None
         return None
     if products.is_product(node):
         return [node]
-    if not edit.is_op(node, *_PASSED):
+    if not edit.is_op(node, *PASSED):
         return None
     sources = node.inputs[1:] if node.op_type == "Where" else node.inputs[:1]
     if node.op_type in ("Add", "Mul", "Sub"):

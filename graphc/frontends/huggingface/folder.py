@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from graphc.errors import BadInput, nearest
+from graphc.storage.files import is_artifact
 
 CONFIG = "config.json"
 HUB = "hf:"
 """Prefix of a source that is a model's name on the hub."""
+
+_CHECKPOINTS = ("*.safetensors*", "pytorch_model*.bin")
 
 _BESIDE = (
     "*config*.json",
@@ -91,12 +94,24 @@ def _gguf_tokenizer(path: Path) -> Any:
 
 
 def knows(path: Path) -> bool:
-    """Whether a source is a model of Hugging Face's: its name on the hub, a folder with a config, or a GGUF file."""
+    """Whether a source is a model of Hugging Face's: its name on the hub, a folder with a config, or a GGUF file.
+
+    A folder of ONNX files with a config, as an artifact is or an exporter wrote it, is none: there are no weights to
+    export.
+    """
     if str(path).startswith(HUB):
         return True
-    if path.is_dir():
-        return (path / CONFIG).is_file() or len(list(path.glob("*.gguf"))) == 1
-    return path.suffix == ".gguf"
+    if not path.is_dir():
+        return path.suffix == ".gguf"
+    if is_artifact(path):
+        return False
+    if (path / CONFIG).is_file():
+        return _has_weights(path) or not any(path.glob("*.onnx"))
+    return len(list(path.glob("*.gguf"))) == 1
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(any(folder.glob(kind)) for kind in (*_CHECKPOINTS, "*.gguf"))
 
 
 def require() -> None:
@@ -128,7 +143,7 @@ def open_folder(path: Path) -> Folder:
     folder = path.parent if gguf else path
     if not folder.is_dir():
         raise BadInput("there is no such folder", where=str(path), hint=f"for a model on the hub say {HUB}{path}")
-    if gguf is None and not any(folder.glob("*.safetensors*")) and not any(folder.glob("pytorch_model*.bin")):
+    if gguf is None and not any(any(folder.glob(kind)) for kind in _CHECKPOINTS):
         found = sorted(folder.glob("*.gguf"))
         if len(found) > 1:
             raise BadInput(
