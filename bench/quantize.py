@@ -50,8 +50,9 @@ GRAPHC = {
     "graphc int4/32 gptq": "quantize{bits=4 block=32 rounding=gptq clip=mse}",
     "graphc int4/128 gptq": "quantize{bits=4 block=128 rounding=gptq clip=mse}",
     "graphc int4/128 gptq, guided": "quantize{bits=4 block=128 rounding=gptq clip=mse guide=loss}",
-    "graphc int4-8/128 gptq, guided": "quantize{bits=4 block=128 rounding=gptq clip=mse guide=loss budget=5.5 "
-    "choices=[4 8] sensitivity=loss}",
+    "graphc int4/128 gptq, guided, refined": "quantize{bits=4 block=128 rounding=gptq clip=mse guide=loss refine=2}",
+    "graphc int4-8/128 gptq, guided, 4.75 bits": "quantize{bits=4 block=128 rounding=gptq clip=mse guide=loss "
+    "refine=1 budget=4.75 choices=[4 8] sensitivity=loss}",
     "graphc int8 cache": "quantize-cache",
     "graphc int8 cache, by head": "quantize-cache{scales=head}",
     "graphc int8 cache and weights": "quantize-cache,quantize",
@@ -59,7 +60,10 @@ GRAPHC = {
 }
 
 HEALED = {
-    "graphc int4/128 gptq, guided, healed": ("graphc int4/128 gptq, guided", "heal{HEAL}"),
+    "graphc int4/128 gptq, guided, healed": (
+        "graphc int4/128 gptq, guided",
+        "heal{steps=60 batch=2 learning-rate=2e-4 hidden=0 held-out=0.05 precision=bfloat16}",
+    ),
 }
 """What another variant made is healed: its name, and how. The prepared model teaches."""
 

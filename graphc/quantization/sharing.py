@@ -29,7 +29,7 @@ def losses(
         mode = "outputs" if sum(s.held.nbytes for s in found) <= MEASURED and ctx.calibration else "layers"
     if mode in ("outputs", "loss") and not ctx.calibration:
         raise BadInput(f"sensitivity={mode} needs calibration data", where="quantize", hint="--calibrate")
-    plain = dataclasses.replace(options, **NO_LIMITS, rounding="nearest", sensitivity=mode)
+    plain = dataclasses.replace(options, **NO_LIMITS, rounding="nearest", refine=0, sensitivity=mode)
 
     def measure() -> list[list[float]]:
         if mode == "loss":
