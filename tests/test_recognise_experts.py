@@ -241,6 +241,37 @@ def test_what_is_nearly_a_loop_is_left(way: Way, reason: str) -> None:
     assert operators(model) == before and reasons(result) == [reason]
 
 
+@pytest.mark.parametrize(
+    "way, reason",
+    [
+        ("sorted", "tokens are sorted by expert, and each expert is applied to its part of them"),
+        ("met", "which experts are applied depends on the tokens, and how many on the example of the export"),
+        ("dense", "experts compute tokens that did not choose them, and count as zero times what they give"),
+    ],
+)
+def test_other_ways_to_apply_experts_are_named(way: str, reason: str) -> None:
+    w = Writer()
+    x = w.input("x", "float[S,6]")
+    w.body.append(f"best, index = TopK<axis=-1>({w('MatMul', x, numbers(6, 3))}, {w.hold(np.array([2]))})")
+    match way:
+        case "sorted":
+            flat = w("Reshape", "index", [-1])
+            w.body.append(f"given, order = TopK<axis=-1, largest=0>({flat}, {w('Shape', flat)})")
+            made = w("Reshape", w("Gather", x, w("Div", "order", np.int64(2))), [-1, 2, 6])
+        case "met":
+            hot = w("OneHot", "index", np.int64(3), np.array([0, 1]), axis=-1)
+            some = w("Gather", w("NonZero", w("ReduceSum", hot, [0, 1], keepdims=0)), [0], axis=1)
+            made = w("Gather", w("Transpose", hot, perm=(2, 0, 1)), w("Squeeze", some), axis=0)
+            made = w("Unsqueeze", w("Cast", made, to=1), [2])
+        case _:
+            zeros = w("ConstantOfShape", w("Shape", w("MatMul", x, numbers(6, 3))))
+            made = w("Unsqueeze", w("ScatterElements", zeros, "index", "best", axis=1), [2])
+    model = w.model(w("ReduceSum", made, [1], keepdims=0))
+    result = ONLY.run(model, CONTEXT)
+    assert not result.changed and reasons(result) == [reason]
+    assert mixtures(model, CONTEXT.target) == f"0 of 1 recognised (1: {reason})"
+
+
 @pytest.mark.parametrize("number", [np.nan, np.inf])
 def test_tokens_that_are_no_numbers_reach_their_own_rows_alone(number: float) -> None:
     def spoil(x: np.ndarray) -> None:

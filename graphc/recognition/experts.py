@@ -220,11 +220,11 @@ def _picked(router: ir.Node, experts: int) -> list[ir.Value]:
 
 
 def _compared(router: ir.Node) -> bool:
-    """Whether the indices are compared with the number of each expert."""
+    """Whether the indices are compared with the number of each expert, or sorted."""
     queue, seen = [router.outputs[1]], set()
     while queue:
         for reader in _readers(queue.pop()):
-            if edit.is_op(reader, "OneHot", "Equal", "ScatterElements"):
+            if edit.is_op(reader, "OneHot", "Equal", "ScatterElements", "TopK"):
                 return True
             if reader not in seen and edit.is_op(reader, *_VIEWS, "Cast", "Transpose"):
                 seen.add(reader)

@@ -97,9 +97,7 @@ def find(router: ir.Node, experts: int, graph: Graph) -> Loop:
         raise Refused("the router's choice is no matrix of tokens and slots")
     known = picks.follow(indices, graph)
     if not any(isinstance(pick, Places) for pick in known.values()):
-        if any(isinstance(pick, picks.Mask) for pick in known.values()):
-            raise Refused("experts compute tokens that did not choose them, and count as zero times what they give")
-        raise Refused("each expert is applied by itself, to the tokens that chose it")
+        raise Refused(_other(indices, known))
     reader = _Reader(known, (shape[0], shape[1]), graph)
     output, parts, base = _sum(reader, experts, router)
     if len({part.tokens for part in parts}) != 1 or len({part.weights for part in parts}) != 1:
@@ -120,6 +118,22 @@ def find(router: ir.Node, experts: int, graph: Graph) -> Loop:
     return Loop(
         first.tokens, width, indices, first.weights, first.rows, first.result, tuple(order), constants, base, output
     )
+
+
+def _other(indices: ir.Value, known: dict[ir.Value, Pick]) -> str:
+    """What is done with a router's choice where no places are listed for each expert, in words."""
+    seen, queue = {indices}, [indices, *known]
+    while queue:
+        value = queue.pop()
+        for reader in value.consumers():
+            if edit.is_op(reader, "TopK"):
+                return "tokens are sorted by expert, and each expert is applied to its part of them"
+            if edit.is_op(reader, "Gather") and reader.inputs[0] is value and edit.tensor(reader.inputs[1]) is None:
+                return "which experts are applied depends on the tokens, and how many on the example of the export"
+            if edit.is_op(reader, *_VIEWS) and reader.outputs[0] not in seen:
+                seen.add(reader.outputs[0])
+                queue.append(reader.outputs[0])
+    return "experts compute tokens that did not choose them, and count as zero times what they give"
 
 
 class _Reader:
