@@ -19,9 +19,6 @@ from graphc.quantization.ways import sites_of
 METHODS: tuple[Method, ...] = ("minmax", "percentile", "mse", "entropy")
 """What is tried; of equal ones the first is taken."""
 
-SAMPLES = 8
-"""Calibration samples that outputs are compared on."""
-
 
 def chosen(
     options: Options,
@@ -39,7 +36,7 @@ def chosen(
     plain = dataclasses.replace(options, **NO_LIMITS, rounding="nearest", correct=False)
 
     def measure() -> list[list[float]]:
-        outputs = Outputs(model, ctx.calibration, SAMPLES)
+        outputs = Outputs(model, ctx.calibration)
         losses = []
         for i, method in enumerate(METHODS):
             ctx.progress("choosing ranges", i, len(METHODS))
@@ -49,7 +46,7 @@ def chosen(
             losses.append(outputs.loss(copy))
         return [losses]
 
-    ((*losses,),) = remembered(model, ctx, f"{plain.spec()} {list(map(repr, ways))}", measure, SAMPLES)
+    ((*losses,),) = remembered(model, ctx, f"{plain.spec()} {list(map(repr, ways))}", measure)
     best = min(range(len(METHODS)), key=losses.__getitem__)
     said = ", ".join(f"{method} {loss:.1e}" for method, loss in zip(METHODS, losses, strict=True))
     result.note(f"quantize: activations={METHODS[best]}; the outputs' relative error with each: {said}")

@@ -28,14 +28,14 @@ FILE = "losses.json"
 
 
 def remembered(
-    model: ir.Model, ctx: Context, what: str, measure: Callable[[], Sequence[Sequence[float]]], count: int = SAMPLES
+    model: ir.Model, ctx: Context, what: str, measure: Callable[[], Sequence[Sequence[float]]]
 ) -> list[list[float]]:
     """Losses, measured once for a model, its data and a way of quantizing, and kept in the context's store."""
     if ctx.store is None:
         return [list(row) for row in measure()]
     hashes = value_hashes(model, model.graph.outputs)
     outputs = [hashes[value] for value in model.graph.outputs]
-    name = cache.key(kind="quantize losses", model=outputs, data=data_hash(ctx.calibration[:count]), what=what)
+    name = cache.key(kind="quantize losses", model=outputs, data=data_hash(ctx.calibration[:SAMPLES]), what=what)
     entry = ctx.store.get(name)
     if entry is not None:
         found: list[list[float]] = json.loads((entry / FILE).read_text())
@@ -55,11 +55,10 @@ class Outputs:
     Args:
         model: The model as it came.
         samples: What it is run on; some of them.
-        count: How many.
     """
 
-    def __init__(self, model: ir.Model, samples: Sequence[Arrays], count: int = SAMPLES) -> None:
-        self._samples = samples[:count]
+    def __init__(self, model: ir.Model, samples: Sequence[Arrays]) -> None:
+        self._samples = samples[:SAMPLES]
         self._wanted = self._run(model)
 
     def _run(self, model: ir.Model) -> list[dict[str, Any]]:
