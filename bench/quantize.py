@@ -13,6 +13,7 @@ that an earlier run kept are timed, each in alternating rounds with the dense on
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import shutil
@@ -88,7 +89,8 @@ def ort_static(source: Path, target: Path, samples: Samples) -> None:
         def get_next(self) -> Any:
             return next(self._rows, None)
 
-    with tempfile.TemporaryDirectory() as folder:
+    source, target = source.absolute(), target.absolute()
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # it leaves files where it runs
         prepared = Path(folder) / "prepared.onnx"
         try:
             quant_pre_process(source, prepared)
