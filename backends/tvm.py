@@ -119,12 +119,14 @@ class Tvm(Backend):
     def unrealised(self, path: Path) -> Sequence[str]:
         manifest = json.loads((path / "graphc.json").read_text(encoding="utf-8"))
         floats: dict[str, int] = manifest["runtime"]["floats"]
+        rounded: dict[str, int] = manifest["runtime"]["rounded"]
         plain: dict[str, tuple[int, str]] = manifest["runtime"]["plain"]
         return [
             *(
                 f"weights stored as floats instead of the codes that the model has: {n} ({w})"
                 for w, n in floats.items()
             ),
+            *(f"products of 8-bit activations that are computed in floats: {n} ({why})" for why, n in rounded.items()),
             *(f"loops that TVM makes, one number at a time: {n} of {name} ({w})" for name, (n, w) in plain.items()),
         ]
 

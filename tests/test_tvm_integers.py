@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from graphc import runtime
+from graphc.recipe import parse_backend
 from graphc.tvm import emit
 from graphc.tvm.placing import OWN
 from tests.test_backend_tvm import build
@@ -116,6 +117,12 @@ def test_codes_are_multiplied(case: str, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "weights.bin").stat().st_size <= most
 
 
+WHY = {
+    "weights that need nine bits": "its weights less their zero points need more than 8 bits",
+    "depthwise": "a convolution in groups",
+    "scales by input": "its scales differ along the inputs",
+}
+
 OTHERS: dict[str, dict[str, Any]] = {
     "weights that need nine bits": {
         "body": "y = MatMul(d, f)",
@@ -133,23 +140,27 @@ OTHERS: dict[str, dict[str, Any]] = {
 def test_what_does_not_fit_is_computed_in_floats(case: str, tmp_path: Path) -> None:
     model, inputs = quantized(**OTHERS[case])
     assert "IntegerProduct" not in own(model)
-    found = build(model.clone(), tmp_path / "out").run(inputs)["y"]
+    folder = tmp_path / "out"
+    found = build(model.clone(), folder).run(inputs)["y"]
+    said = f"products of 8-bit activations that are computed in floats: 1 ({WHY[case]})"
+    assert said in parse_backend("tvm", {}).unrealised(folder)
     wanted = runtime.session(model, optimise=False).run(inputs)["y"]
     np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5 * np.abs(wanted).max())
 
 
 def test_the_kernel_is_the_instruction() -> None:
-    """No other sequence: TVM's own loops would multiply 32 bits wide."""
+    """No other sequence: TVM's own loops would multiply 32 bits wide. With VNNI, sums belong to it."""
     import tvm
 
     from graphc.tvm import targets
     from graphc.tvm.kernels import integers
     from graphc.tvm.nest import Machine
 
-    for name, lanes in {"x86-64-v2": 4, "x86-64-v3": 8, "x86-64-v4": 16}.items():
+    wanted = {"x86-64-v2": 4, "x86-64-v3": 8, "x86-64-v4": 16, "znver4": 16}
+    for name, lanes in wanted.items():
         target = targets.resolve(name, 1)
         machine = Machine.of(target)
         assert machine.lanes == lanes
         function = integers.product(integers.Window((1, 5, 6, 4), (3, 3), (1, 1), (1, 1), 40), machine)
         built = tvm.compile(tvm.IRModule({"k": function.with_attr("global_symbol", "k")}), target=target)
-        assert "pmaddwd" in built.mod.inspect_source("asm")
+        assert ("vpdpwssd" if name == "znver4" else "pmaddwd") in built.mod.inspect_source("asm")

@@ -75,6 +75,7 @@ def emit(
         "device": "cuda" if target.kind.name == "cuda" else "cpu",
         "buckets": described,
         "floats": models[0][2].meta["floats"],
+        "rounded": models[0][2].meta["rounded"],
         "plain": {operator: [count, why] for operator, (count, why) in sorted(plain.items())},
         "data": {"weights.bin": weights.tensors, "parity.bin": parity.tensors},
     }

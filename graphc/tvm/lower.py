@@ -48,7 +48,7 @@ def lower(model: ir.Model) -> None:
             break
     recurrent.write(model)
     sparse.write(model)
-    integers.write(model)
+    model.meta["rounded"] = dict(integers.write(model))
     packed.write(model)
     _as_floats(model)
     missing: dict[str, list[ir.Node]] = {}
