@@ -27,6 +27,7 @@ def mixture(
     softmax: str = "before",
     width: int = WIDTH,
     hidden: int = HIDDEN,
+    residual: bool = True,
 ) -> ir.Model:
     """Tokens, each sent to two of four experts.
 
@@ -37,10 +38,11 @@ def mixture(
         extra: Whether experts read another input, too.
         softmax: Before the choice, or of what was chosen.
         width, hidden: Of tokens, and of what lies between the two products of an expert.
+        residual: Whether the tokens are added to the result; if not, nobody reads them afterwards.
     """
     w = Writer()
     x = w.input("x", f"float[B,S,{width}]")
-    rows = w("Reshape", x, [-1, width])
+    rows = w("Reshape", x if residual else w("Tanh", x), [-1, width])
     logits = w("MatMul", rows, numbers(width, EXPERTS, seed=3))
     values = w("Softmax", logits, axis=-1) if softmax == "before" else logits
     w.body.append(f"best, index = TopK<axis=-1>({values}, {w.hold(np.array([CHOSEN]))})")
@@ -73,7 +75,7 @@ def mixture(
         h = w("Add", h, w.input("z", f"float[{hidden}]"))
     out = w("Reshape", product(h, second), [-1, CHOSEN, width])
     total = w("ReduceSum", w("Mul", out, w("Unsqueeze", weights, [2])), [1], keepdims=0)
-    return w.model(w("Add", total, rows))
+    return w.model(w("Add", total, rows) if residual else w("Tanh", total))
 
 
 @pytest.mark.parametrize(
@@ -81,6 +83,8 @@ def mixture(
     [
         {},
         {"normalised": False},
+        {"normalised": False, "residual": False},
+        {"residual": False},
         {"gate": "swapped", "turned": True},
         {"gate": "pairs"},
         {"gate": "Relu"},
@@ -93,7 +97,9 @@ def test_a_mixture_becomes_one_operator(options: dict[str, object]) -> None:
     after = model.clone()
     result = Lower(only=("moe",)).run(after, always(0.5))
     assert result.changes == ["MoE written"], reasons(result)
-    assert "TopK" not in operators(after) and "Gather" not in operators(after)
+    # Where the shares of the chosen ones do not add up to 1, their sum is taken apart.
+    assert operators(after).count("TopK") == (not options.get("normalised", True))
+    assert "Gather" not in operators(after)
     (node,) = [n for n in edit.nodes(after) if n.op_type == "MoE"]
     assert edit.attribute(node, "k") == CHOSEN
     for sizes in ({"B": 2, "S": 5}, {"B": 1, "S": 1}):
@@ -102,7 +108,9 @@ def test_a_mixture_becomes_one_operator(options: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("bits, block, symmetric", [(8, 0, True), (4, 0, True), (4, 16, True), (4, 32, False)])
-@pytest.mark.parametrize("options", [{}, {"gate": "swapped", "turned": True}, {"gate": "Relu"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"gate": "swapped", "turned": True}, {"gate": "Relu"}, {"normalised": False, "residual": False}]
+)
 def test_a_mixture_with_codes_becomes_one_operator(
     options: dict[str, object], bits: int, block: int, symmetric: bool
 ) -> None:
@@ -112,18 +120,12 @@ def test_a_mixture_with_codes_becomes_one_operator(
     after = model.clone()
     result = Lower(only=("qmoe",)).run(after, always(0.5))
     assert result.changes == ["QMoE written"], reasons(result)
-    assert not {"TopK", "DequantizeLinear", "Gather"} & set(operators(after))
+    assert not {"DequantizeLinear", "Gather"} & set(operators(after))
+    assert operators(after).count("TopK") == (not options.get("normalised", True))
     for sizes in ({"B": 2, "S": 5}, {"B": 1, "S": 1}):
         inputs = feeds(model, **sizes)
         want = run(model, inputs)["y"]
         np.testing.assert_allclose(run(after, inputs)["y"], want, rtol=0, atol=2e-5 * np.abs(want).max())
-
-
-def test_weights_of_experts_that_qmoe_would_normalise_are_left() -> None:
-    model = mixture(normalised=False, width=64, hidden=32)
-    Quantize(least=1000).run(model, CONTEXT)
-    result = Lower(only=("qmoe",)).run(model, always(0.5))
-    assert not result.changed and reasons(result) == ["no setting of QMoE computes the same"]
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,8 @@ class Setting:
         attributes: The operator's.
         turned: For both, whether the stack is ``(experts, in, out)``.
         order: Where the gates among the first product's rows are.
+        shared: Whether the shares of the chosen experts add up to 1. The operator can do without, but ONNX Runtime 1.31
+            then gives 0 wherever it reuses memory; so the result is multiplied by what they add up to.
     """
 
     first: Callable[[Array], Array]
@@ -75,6 +77,7 @@ class Setting:
     attributes: dict[str, Any]
     turned: tuple[bool, bool]
     order: str = ""
+    shared: bool = True
 
 
 def settings(
@@ -100,9 +103,9 @@ def settings(
             for order in ("halves", "swapped halves", "pairs") if inner == 2 * hidden else ("",):
                 rows = partial(_rows, turned=turned, order=order)
                 for attributes in [_GATED] if inner == 2 * hidden else [{"activation_type": name} for name in _PLAIN]:
-                    for normalised in (1, 0):
-                        how = {"k": chosen, "normalize_routing_weights": normalised, **attributes}
-                        yield Setting(rows, last, how, (turned, swapped), order), (inner, hidden)
+                    how = {"k": chosen, "normalize_routing_weights": 1, **attributes}
+                    for shared in (True, False):
+                        yield Setting(rows, last, how, (turned, swapped), order, shared), (inner, hidden)
 
 
 def written(
@@ -113,6 +116,7 @@ def written(
     attributes: dict[str, Any],
     graph: Graph,
     beside: Sequence[ir.Node] = (),
+    shared: bool = True,
 ) -> Site:
     """An operator in the place of a mixture.
 
@@ -124,6 +128,7 @@ def written(
         attributes: Its attributes.
         graph: The graph.
         beside: What else it takes the place of: what makes the weights.
+        shared: See ``Setting``.
     """
     dims, tokens, steps = graph.dims(found.tokens) or (), found.tokens, []
     if len(dims) != 2 and isinstance(width := dims[-1], int):
@@ -132,7 +137,10 @@ def written(
     output = found.output
     if found.base is not None:
         output = between(f"{output.name}.sum", output, graph.dims(output) or ())
-    steps.append(Step(operator, (tokens, found.logits, *operands), (output,), attributes, DOMAIN))
+    mixed = output if shared else between(f"{output.name}.mixed", output, graph.dims(tokens) or ())
+    steps.append(Step(operator, (tokens, found.logits, *operands), (mixed,), attributes, DOMAIN))
+    if not shared:
+        steps += _times_share(found, mixed, output, graph)
     if found.base is not None:
         base = tokens if found.base is found.tokens else found.base
         steps.append(Step("Add", (base, output), (found.output,)))
@@ -142,6 +150,21 @@ def written(
     nodes = (*found.nodes[::-1], *beside)
     how = {"k": found.chosen, **({"looped": 1} if found.looped else {})}
     return Site(form, operator, nodes, inputs, (found.output,), how, steps=tuple(steps))
+
+
+def _times_share(found: Mixture, mixed: ir.Value, output: ir.Value, graph: Graph) -> list[Step]:
+    """What multiplies the mean over the chosen experts by the part of the softmax over all that they have."""
+    logits, dims = found.logits, graph.dims(found.logits) or ()
+    parts, best = between(f"{output.name}.parts", logits, dims), (*dims[:-1], found.chosen)
+    chosen = between(f"{output.name}.chosen", logits, best)
+    which = between(f"{output.name}.which", ir.DataType.INT64, best)
+    share = between(f"{output.name}.share", logits, (*dims[:-1], 1))
+    return [
+        Step("Softmax", (logits,), (parts,), {"axis": -1}),
+        Step("TopK", (parts, ints(found.chosen)), (chosen, which)),
+        Step("ReduceSum", (chosen, ints(-1)), (share,), {"keepdims": 1}),
+        Step("Mul", (mixed, share), (output,)),
+    ]
 
 
 def _candidates(found: Mixture, width: int, held: Sequence[ir.TensorProtocol], graph: Graph) -> Iterator[Site]:
@@ -160,7 +183,7 @@ def _candidates(found: Mixture, width: int, held: Sequence[ir.TensorProtocol], g
                 reads[2 * place + 1] = constant(str(bias.name), ir.tensor(_ordered(rows_of, order)))
         while reads[-1] is None:
             reads.pop()
-        yield written("moe", "MoE", found, reads, setting.attributes, graph)
+        yield written("moe", "MoE", found, reads, setting.attributes, graph, shared=setting.shared)
 
 
 def _rows(stack: Array, turned: bool, order: str) -> Array:

@@ -103,7 +103,7 @@ def find(node: ir.Node, graph: Graph) -> Site | None:
         while operands[-1] is None:
             operands.pop()
         nodes = list(dict.fromkeys((first.node, second.node)))
-        site = written("qmoe", "QMoE", found, operands, attributes, graph, nodes)
+        site = written("qmoe", "QMoE", found, operands, attributes, graph, nodes, setting.shared)
         if equal(site, graph):
             return site
     raise Refused(why)
