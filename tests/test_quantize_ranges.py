@@ -1,4 +1,4 @@
-"""``quantize{scheme=static activations=auto}``: ranges are chosen as they change the model's outputs least."""
+"""``quantize{scheme=static activations=auto}``: ranges are chosen by what they do to the model's outputs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from graphc.cache import Store
-from graphc.quantization.ranges import METHODS
+from graphc.quantization.ranges import FAR, METHODS
 from tests.quantized_models import build, context, normal, pictures, quantized, run
 
 Samples = list[dict[str, np.ndarray]]
@@ -48,10 +48,11 @@ def losses(samples: Samples, silent: bool) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("samples, silent", [(even(), False), (outlying(), True), (outlying(), False)])
-def test_auto_is_the_best_of_all(samples: Samples, silent: bool) -> None:
+def test_auto_is_minmax_or_better_by_far(samples: Samples, silent: bool) -> None:
     found = losses(samples, silent)
     auto = found.pop("auto")
-    assert auto == min(found.values())
+    best = min(found.values())
+    assert auto == (best if best < FAR * found["minmax"] else found["minmax"])
 
 
 def test_outliers_that_nothing_depends_on_are_cut_off() -> None:

@@ -61,8 +61,8 @@ class Options(Pass):
     )
     activations: Literal["auto", "minmax", "percentile", "mse", "entropy"] = option(
         "auto",
-        "For scheme=static: how the range of an activation is chosen from what calibration saw; auto: each of the "
-        "others is tried, and the one with which the outputs change least is taken.",
+        "For scheme=static: how the range of an activation is chosen from what calibration saw; auto: minmax, "
+        "unless another one, as tried on the model's outputs, halves the error.",
     )
     percentile: float = option(
         99.999, "For activations=percentile: the part of the values that is in the range.", above=50, most=100

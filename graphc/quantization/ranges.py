@@ -1,4 +1,4 @@
-"""How the ranges of activations are chosen, where nothing is asked for: as it changes the model's outputs least."""
+"""How the ranges of activations are chosen, where nothing is asked for: by what each way does to the outputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from graphc.quantization.sites import Site
 from graphc.quantization.ways import sites_of
 
 METHODS: tuple[Method, ...] = ("minmax", "percentile", "mse", "entropy")
-"""What is tried; of equal ones the first is taken."""
+"""What is tried; the first is taken unless another is better by far."""
+
+FAR = 0.5
+"""The part of the first one's error below which another one is taken: few samples tell no small differences."""
 
 
 def chosen(
@@ -28,7 +31,7 @@ def chosen(
     ctx: Context,
     result: PassResult,
 ) -> Options:
-    """The options with the way to choose ranges that changes the outputs least, every weight at its nearest code."""
+    """The options with a way to choose ranges, as each changes the outputs with every weight at its nearest code."""
     if options.scheme != "static" or options.activations != "auto":
         return options
     if not ctx.calibration:
@@ -48,6 +51,7 @@ def chosen(
 
     ((*losses,),) = remembered(model, ctx, f"{plain.spec()} {list(map(repr, ways))}", measure)
     best = min(range(len(METHODS)), key=losses.__getitem__)
+    best = best if losses[best] < FAR * losses[0] else 0
     said = ", ".join(f"{method} {loss:.1e}" for method, loss in zip(METHODS, losses, strict=True))
     result.note(f"quantize: activations={METHODS[best]}; the outputs' relative error with each: {said}")
     return dataclasses.replace(options, activations=METHODS[best])
