@@ -81,9 +81,20 @@ def _opaque(text: str, *, signed: bool = False) -> Expr:
     return symbol(f"{_SIGNED if signed else _OPAQUE}{text}")
 
 
+_SIZES: dict[Monomial, Expr] = {}
+"""What the atoms that ``as_size`` makes stand for."""
+
+_QUOTIENTS: dict[Monomial, tuple[Dim, int]] = {}
+"""What the atoms that stand for a division by a number, rounded down, divide, and by what."""
+
+
 def as_size(dim: Dim) -> Dim:
     """The dim, known to be the size of a tensor that exists and hence >= 0, even where its formula does not show it."""
-    return dim if isinstance(dim, int) or nonnegative(dim) else _opaque(str(dim))
+    if isinstance(dim, int) or nonnegative(dim):
+        return dim
+    made = _opaque(str(dim))
+    _SIZES[made.terms[0][0]] = dim
+    return made
 
 
 def plain_name(dim: Dim) -> str | None:
@@ -194,7 +205,42 @@ def _divide(how: str, a: Dim, b: Dim) -> Dim | None:
     if quotient is not None:
         return quotient
     sized = nonnegative(a) and nonnegative(b)
+    if isinstance(b, int) and b > 0 and (sized or how == "floor"):
+        return _down(a, b)
     return _opaque(f"({a})//({b})" if sized else f"{how}({a})//({b})", signed=not sized)
+
+
+def _down(a: Dim, b: int) -> Dim:
+    """``a / b`` rounded down, as one division of what no multiple of ``b`` can be taken out of.
+
+    Convolutions divide what convolutions before them have divided: ``((n // 5) + k) // 2`` is ``(n + 5 k) // 10``.
+    """
+    whole: dict[Monomial, int] = {}
+    rest: dict[Monomial, int] = {}
+    for monomial, factor in _terms(_formula(a)).items():
+        whole[monomial] = factor // b
+        rest[monomial] = factor % b
+    left, taken = _make(rest), _make(whole)
+    if isinstance(left, int):
+        return taken
+    divided = [m for m, _ in left.terms if m]
+    if len(divided) == 1 and rest[divided[0]] == 1 and (inner := _QUOTIENTS.get(divided[0])) is not None:
+        return add(taken, _down(add(inner[0], rest.get((), 0) * inner[1]), inner[1] * b))
+    sized = nonnegative(left)
+    made = _opaque(f"({left})//({b})" if sized else f"floor({left})//({b})", signed=not sized)
+    _QUOTIENTS[made.terms[0][0]] = left, b
+    return add(taken, made)
+
+
+def _formula(dim: Dim) -> Dim:
+    """A dim in which no atom stands for a size whose formula is known."""
+    total: Dim = 0
+    for monomial, factor in _terms(dim).items():
+        term: Dim = factor
+        for atom in monomial:
+            term = mul(term, _SIZES.get((atom,)) or symbol(atom))
+        total = add(total, term)
+    return total
 
 
 def mod(a: Dim, b: Dim, *, truncated: bool) -> Dim | None:

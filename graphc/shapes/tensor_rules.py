@@ -99,9 +99,14 @@ def reshaped(shape: Shape, target: Items, allow_zero: bool, facts: Facts) -> Sha
         elif item == -1:
             hole = i
             dims.append(1)
+        elif isinstance(item, int) or symbolic.nonnegative(item):
+            dims.append(item)
+        elif i < len(shape) and symbolic.as_size(item) == shape[i]:
+            # A size that the axis has is no -1, and a 0 copies it.
+            dims.append(shape[i])
         else:
             # A size that may be 0 or -1 at run time would be read as a copy or as the rest.
-            dims.append(item if isinstance(item, int) or symbolic.nonnegative(item) else facts.fresh())
+            dims.append(facts.fresh())
     if hole is not None:
         rest = symbolic.exact_quotient(symbolic.product(shape), symbolic.product(tuple(dims)))
         dims[hole] = _cancel(list(shape), dims, facts) if rest is None else rest

@@ -1,0 +1,49 @@
+"""Divisions that round down: one canonical form, whatever the order in which sizes were divided."""
+
+from __future__ import annotations
+
+import re
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graphc.shapes import symbolic
+from graphc.shapes.symbolic import Dim, symbol
+
+N = symbol("n")
+
+
+def value(dim: Dim, n: int) -> int:
+    """The number that a dim is, read off its text."""
+    text = str(dim)
+    while match := re.search(r"[#~](?:floor)?\(((?:[^()]|\([^()]*\))*)\)//\((\d+)\)", text):
+        text = text.replace(match[0], f"(({match[1]})//{match[2]})")
+    return int(eval(text, {"__builtins__": {}}, {"n": n}))
+
+
+steps = st.lists(st.tuples(st.integers(-4, 4), st.integers(1, 5)), min_size=1, max_size=2)
+
+
+@settings(max_examples=200)
+@given(steps, st.integers(0, 60))
+def test_divisions_are_what_they_say(steps: list[tuple[int, int]], n: int) -> None:
+    dim: Dim = N
+    wanted = n
+    for more, by in steps:
+        found = symbolic.floordiv(symbolic.add(dim, more), by)
+        assert found is not None
+        dim, wanted = found, (wanted + more) // by
+    assert value(dim, n) == wanted
+
+
+@given(st.integers(-9, 9), st.integers(1, 6), st.integers(-9, 9), st.integers(1, 6))
+def test_two_divisions_are_one(first: int, a: int, second: int, b: int) -> None:
+    twice = symbolic.floordiv(symbolic.add(symbolic.floordiv(symbolic.add(N, first), a) or 0, second), b)
+    assert twice == symbolic.floordiv(symbolic.add(N, first + a * second), a * b)
+
+
+def test_a_size_is_divided_by_its_formula() -> None:
+    conv = symbolic.as_size(symbolic.add(symbolic.floordiv(symbolic.add(N, -10), 5) or 0, 1))
+    again = symbolic.as_size(symbolic.add(symbolic.floordiv(symbolic.add(conv, -3), 2) or 0, 1))
+    assert again == symbolic.as_size(symbolic.add(symbolic.floordiv(N, 10) or 0, -1))
+    assert symbolic.nonnegative(again)
