@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphc.shapes import symbolic
+from graphc.shapes import Facts, symbolic
 from graphc.shapes.symbolic import Dim, symbol
+from tests.test_fuse import build
 
 N = symbol("n")
 
@@ -47,3 +50,22 @@ def test_a_size_is_divided_by_its_formula() -> None:
     again = symbolic.as_size(symbolic.add(symbolic.floordiv(symbolic.add(conv, -3), 2) or 0, 1))
     assert again == symbolic.as_size(symbolic.add(symbolic.floordiv(N, 10) or 0, -1))
     assert symbolic.nonnegative(again)
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_range_over_a_size_that_exists(shown: bool) -> None:
+    """Without the convolution, nothing says that its size is not negative."""
+    body = "c = Conv<strides=[5]>(x, w) " if shown else ""
+    body += "s = Shape<start=2,end=3>(x) n = Squeeze(s) d = Div(n, five) m = Add(d, less) r = Range(zero, m, one) "
+    body += "q = Cast<to=1>(r) y = Add(c, q)" if shown else "y = Identity(r)"
+    arrays = {"five": 5, "less": -1, "zero": 0, "one": 1}
+    held: dict[str, np.ndarray] = {name: np.array(number, np.int64) for name, number in arrays.items()}
+    held |= {"w": np.ones((1, 1, 10), np.float32)} if shown else {}
+    model = build(body, x="float[B,1,L] x", **held)
+    facts = Facts(model)
+    facts.visit_graph(model.graph)
+    known = {value.name: facts(value).shape for node in model.graph for value in node.outputs}
+    if shown:
+        assert known["r"] == known["c"][2:]
+    else:
+        assert str(known["r"][0]).startswith("?")

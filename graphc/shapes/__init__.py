@@ -99,6 +99,8 @@ class Facts:
         self._known: dict[ir.Value, Fact] = {}
         self._arrays: dict[ir.Value, edit.Array | None] = {}
         self._count = 0
+        self._graph = model.graph
+        self._sizes: set[Dim] = set()
         self._names = {str(dim.value) for v in model.graph.inputs for dim in v.shape or () if not isinstance(dim, int)}
         for value in model.graph.inputs:
             self._known[value] = self._input(value)
@@ -156,6 +158,12 @@ class Facts:
             if fact.dtype is None and fact.type is None and value.type is not None:
                 fact = _declared_type(value)
             self._known[value] = fact
+            if node.graph is self._graph and fact.shape is not None:
+                self._sizes.update(fact.shape)
+
+    def exists(self, size: Dim) -> bool:
+        """Whether a tensor that is always computed has an axis of this size, which is then >= 0."""
+        return size in self._sizes
 
     def visit_graph(self, graph: ir.Graph) -> None:
         """Compute the facts of all nodes of a graph whose inputs are known."""

@@ -235,8 +235,9 @@ def _range(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
         distance, stride = symbolic.mul(distance, -1), -step
     else:
         stride = step
+    size = symbolic.as_size(distance) if stride == 1 else distance
     if not symbolic.nonnegative(distance):
-        length: Dim = 0 if isinstance(distance, int) else facts.fresh()
+        length: Dim = 0 if isinstance(distance, int) else size if facts.exists(size) else facts.fresh()
     else:
         length = symbolic.ceildiv(distance, stride)
     fact = Fact(dtype, (length,))
