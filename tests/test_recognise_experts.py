@@ -198,7 +198,9 @@ def test_every_spelling_of_two_products_becomes_one_operator(way: Way) -> None:
         assert not result.changed
         return
     assert result.changes == ["MoE written"], reasons(result)
-    assert not {"NonZero", "TopK"} & set(operators(after))
+    # Where the shares of the chosen ones do not add up to 1, their sum is taken apart.
+    assert "NonZero" not in operators(after)
+    assert operators(after).count("TopK") <= (way["normalised"] == "no")
     assert_same(model, after)
 
 
