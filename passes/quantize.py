@@ -26,6 +26,7 @@ from graphc.quantization import (
 )
 from graphc.quantization.allocation import Way
 from graphc.quantization.grid import Grid
+from graphc.quantization.layers import Layers
 from graphc.quantization.options import NO_LIMITS, Options
 from graphc.quantization.sites import Site
 from graphc.quantization.ways import integers, sites_of, way_of, why_not
@@ -85,33 +86,31 @@ class Quantize(Options):
             if why:
                 result.refuse(site.name, why)
             ways.append(None if why else way)
-        if not any(ways):
+        layers = Layers(self, model, found, ways)
+        if not layers.chosen:
             result.refuse("", "no weight can be quantized")
             return result
         for note in advice.notes(self, model, ctx.target):
             result.note(f"quantize: {note}")
-        chosen = [(site, way) for site, way in zip(found, ways, strict=True) if way]
         if self.scaling == "channels":
-            whole = [site for site, _ in chosen if integers(self, site)]
+            whole = [site for site, _ in layers.chosen if integers(self, site)]
             equalisation.apply(model, whole, Grid(8 if self.full_range else 7), ctx, result)
         elif self.scaling in ("smooth", "awq"):
-            scaling.apply(model, chosen, self.scaling, self.alpha, ctx, result)
-        options = ranges.chosen(self, model, found, ways, ctx, result)
+            scaling.apply(model, layers.chosen, self.scaling, self.alpha, ctx, result)
+        layers = ranges.chosen(layers, ctx, result)
         if self.limits:
-            ways = sharing.allocated(options, model, found, ways, ctx, result)
+            layers = sharing.allocated(layers, ctx, result)
         if self.rank and not self.keep:
-            losses = sharing.losses(options, model, found, [[way] for way in ways], ctx)
-            result.losses = {site.name: row[0] for site, way, row in zip(found, ways, losses, strict=True) if way}
+            sharing.ranked(layers, ctx, result)
         if self.keep:
-            ways = sharing.kept(options, model, found, ways, ctx, result)
-        if not any(ways):
+            layers = sharing.kept(layers, ctx, result)
+        if not layers.chosen:
             result.refuse("", "every layer stays as it is")
             return result
-        before = sum(site.held.nbytes for site, way in zip(found, ways, strict=True) if way)
-        after, size = writing.write(options, model, found, ways, ctx, result)
-        count = sum(way is not None for way in ways)
+        before = sum(site.held.nbytes for site, _ in layers.chosen)
+        after, size = writing.write(layers, ctx, result)
         result.note(
-            f"quantize: {count} weights of {size:,} elements take {after:,} bytes instead of {before:,}, "
+            f"quantize: {len(layers.chosen)} weights of {size:,} elements take {after:,} bytes instead of {before:,}, "
             f"{8 * after / max(size, 1):.2f} bits each"
         )
         return result

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import onnx_ir as ir
 
 from graphc.contract import Context, PassResult
 from graphc.errors import BadInput
 from graphc.quantization import allocation, sensitivity, speed, writing
 from graphc.quantization.allocation import Way
-from graphc.quantization.options import NO_LIMITS, Options
-from graphc.quantization.sites import Site
-from graphc.quantization.ways import sites_of, way_of
+from graphc.quantization.layers import Layers
+from graphc.quantization.ways import way_of
 
 MEASURED = 64 << 20
 """Bytes of constants up to which sensitivities are measured at the model's outputs."""
 
 
-def losses(
-    options: Options, model: ir.Model, found: Sequence[Site], each: Sequence[Sequence[Way | None]], ctx: Context
-) -> list[list[float]]:
+def losses(layers: Layers, each: Sequence[Sequence[Way | None]], ctx: Context) -> list[list[float]]:
     """What each way to quantize each layer alone costs; 0 for none."""
-    mode = options.sensitivity
+    mode, model, found = layers.options.sensitivity, layers.model, layers.sites
     if mode == "auto":
         mode = "outputs" if sum(s.held.nbytes for s in found) <= MEASURED and ctx.calibration else "layers"
     if mode in ("outputs", "loss") and not ctx.calibration:
         raise BadInput(f"sensitivity={mode} needs calibration data", where="quantize", hint="--calibrate")
-    plain = dataclasses.replace(options, **NO_LIMITS, rounding="nearest", refine=0, sensitivity=mode)
+    quick = layers.quick.told(sensitivity=mode)
 
     def measure() -> list[list[float]]:
         if mode == "loss":
@@ -51,28 +45,28 @@ def losses(
                 if way is None:
                     row.append(0.0)
                     continue
-                copy = model.clone()
-                own = sites_of(plain, copy, PassResult())
-                alone: list[Way | None] = [way if k == i else None for k in range(len(own))]
-                writing.write(plain, copy, own, alone, ctx, PassResult())
-                row.append(outputs.loss(copy))
+                alone = quick.copied().given([way if k == i else None for k in range(len(found))])
+                writing.write(alone, ctx, PassResult())
+                row.append(outputs.loss(alone.model))
             rows.append(row)
         return rows
 
-    return sensitivity.remembered(model, ctx, f"{plain.spec()} {[list(map(repr, ways)) for ways in each]}", measure)
+    what = f"{quick.options.spec()} {[list(map(repr, ways)) for ways in each]}"
+    return sensitivity.remembered(model, ctx, what, measure)
 
 
-def kept(
-    options: Options,
-    model: ir.Model,
-    found: Sequence[Site],
-    ways: Sequence[Way | None],
-    ctx: Context,
-    result: PassResult,
-) -> list[Way | None]:
-    """The ways with the most sensitive layers at the fallback."""
-    cost = [row[0] for row in losses(options, model, found, [[way] for way in ways], ctx)]
-    result.losses = {site.name: loss for site, way, loss in zip(found, ways, cost, strict=True) if way}
+def ranked(layers: Layers, ctx: Context, result: PassResult) -> list[float]:
+    """What each layer alone costs in its way, which the result then tells."""
+    cost = [row[0] for row in losses(layers, [[way] for way in layers.ways], ctx)]
+    named = zip(layers.sites, layers.ways, cost, strict=True)
+    result.losses = {site.name: loss for site, way, loss in named if way}
+    return cost
+
+
+def kept(layers: Layers, ctx: Context, result: PassResult) -> Layers:
+    """Layers of which the most sensitive ones have the fallback."""
+    options, found, ways = layers.options, layers.sites, layers.ways
+    cost = ranked(layers, ctx, result)
     order = sorted((i for i, way in enumerate(ways) if way), key=lambda i: -cost[i])
     bits = options.fallback or (8 if options.bits < 8 else 0)
     new = list(ways)
@@ -88,19 +82,13 @@ def kept(
         f"quantize: the {len(names)} most sensitive layers keep {held}, {more_bytes:,} bytes more: "
         f"{', '.join(names[:6])}{more}; in brackets the relative error that each alone would cause"
     )
-    return new
+    return layers.given(new)
 
 
-def allocated(
-    options: Options,
-    model: ir.Model,
-    found: Sequence[Site],
-    ways: Sequence[Way | None],
-    ctx: Context,
-    result: PassResult,
-) -> list[Way | None]:
-    """The bits of each layer by a knapsack over what its errors cost."""
-    version = model.graph.opset_imports.get("", 0)
+def allocated(layers: Layers, ctx: Context, result: PassResult) -> Layers:
+    """Layers with the bits that a knapsack over what their errors cost gives each."""
+    options, found, ways = layers.options, layers.sites, layers.ways
+    version = layers.model.graph.opset_imports.get("", 0)
     choices: list[list[Way | None]] = []
     for site, way in zip(found, ways, strict=True):
         # How long a convolution takes does not go by its elements.
@@ -116,10 +104,10 @@ def allocated(
     elif options.time:
         costs = speed.costs(found, choices, lambda bits: options.plain(bits=bits), options.rows, ctx)
         limit = options.time * sum(site.held.size for site in shared)
-    lost = losses(options, model, found, choices, ctx)
+    lost = losses(layers, choices, ctx)
     new, note = allocation.share(found, ways, choices, lost, costs, limit)
     spent = sum(c[row.index(way)] for c, row, way in zip(costs, choices, new, strict=True) if row)
     if spent > limit * 1.01:
         result.refuse("", "the budget cannot be met with these choices")
     result.note(f"quantize: {note}")
-    return new
+    return layers.given(new)

@@ -16,6 +16,7 @@ from graphc.edit import Array
 from graphc.quantization import activations, correction, dynamic, guard, rounding, static, store
 from graphc.quantization.allocation import Way
 from graphc.quantization.grid import Grid
+from graphc.quantization.layers import Layers
 from graphc.quantization.options import Options
 from graphc.quantization.rounding import Codes
 from graphc.quantization.sites import Site
@@ -30,17 +31,10 @@ STEPS = 100
 """Steps of projected descent."""
 
 
-def write(
-    options: Options,
-    model: ir.Model,
-    found: Sequence[Site],
-    ways: Sequence[Way | None],
-    ctx: Context,
-    result: PassResult,
-) -> tuple[int, int]:
+def write(layers: Layers, ctx: Context, result: PassResult) -> tuple[int, int]:
     """Quantize the weights that have a way; returns bytes and elements."""
+    options, model, chosen = layers.options, layers.model, layers.chosen
     names = edit.Names(model)
-    chosen = [(site, way) for site, way in zip(found, ways, strict=True) if way]
     whole = {id(site): integers(options, site) for site, _ in chosen}
     scales: static.Scales = {}
     planned: static.Plan | None = None
