@@ -5,23 +5,9 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from graphc import edit
+from graphc.moves import MOVES
 
 _GRIDS = frozenset({"Ceil", "DynamicQuantizeLinear", "Floor", "QuantizeLinear", "Round"})
-_MOVES = frozenset(
-    {
-        "Concat",
-        "Expand",
-        "Flatten",
-        "Gather",
-        "Identity",
-        "Reshape",
-        "Slice",
-        "Split",
-        "Squeeze",
-        "Transpose",
-        "Unsqueeze",
-    }
-)
 
 
 def steps(model: ir.Model) -> bool:
@@ -49,7 +35,7 @@ def codes(model: ir.Model) -> frozenset[str]:
             if node.op_type in ("DynamicQuantizeLinear", "QuantizeLinear") or _codes_cache(node):
                 found.add(output.name or "")
                 break
-            reads = node.inputs if node.op_type == "Concat" else node.inputs[:1] if node.op_type in _MOVES else ()
+            reads = node.inputs if node.op_type == "Concat" else node.inputs[:1] if node.op_type in MOVES else ()
             queue += [value for value in reads if value is not None and value not in seen]
             seen.update(queue)
     return frozenset(found)

@@ -13,6 +13,7 @@ from typing import Any
 import onnx_ir as ir
 
 from graphc import edit
+from graphc.moves import MOVES
 
 
 @dataclass
@@ -36,10 +37,8 @@ class Role:
 
 # Operators that hand on the values of these inputs, rearranged at most; None stands for all inputs.
 _CARRIES: dict[str, tuple[int, ...] | None] = {
-    **dict.fromkeys(("Abs", "Cast", "CastLike", "Clip", "Dropout", "Expand", "Flatten", "Gather"), (0,)),
-    **dict.fromkeys(("GatherElements", "GatherND", "Identity", "Pad", "ReduceMax", "ReduceMin"), (0,)),
-    **dict.fromkeys(("Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Trilu"), (0,)),
-    **dict.fromkeys(("Unsqueeze",), (0,)),
+    **dict.fromkeys((*MOVES, "Abs", "Cast", "CastLike", "Clip", "Dropout", "Pad"), (0,)),
+    **dict.fromkeys(("ReduceMax", "ReduceMin", "Trilu"), (0,)),
     **dict.fromkeys(("Concat", "Max", "Min"), None),
     "Where": (1, 2),
 }

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from graphc import edit
 from graphc.axes import cut
+from graphc.moves import MOVES, PICKS, TURNS, VIEWS
 
 PRODUCTS: Mapping[str, tuple[int, ...]] = {
     "MatMul": (1, 0),
@@ -43,15 +44,14 @@ NORMS: Mapping[str, tuple[int, ...]] = {
 
 KEEPING = frozenset(
     """
-    Abs AveragePool Cast CastLike Dropout Elu Erf Expand FastGelu Flatten Gather GatherElements GatherND Gelu
-    GlobalAveragePool GlobalMaxPool HardSwish Identity LeakyRelu MaxPool Mish Neg PRelu QuickGelu ReduceMax ReduceMean
-    ReduceMin ReduceSum Relu Reshape Resize Round Sign Sin Slice Softsign Split Sqrt Squeeze Swish Tan Tanh
-    ThresholdedRelu Tile Transpose Unsqueeze DepthToSpace SpaceToDepth
+    Abs AveragePool Cast CastLike Dropout Elu Erf FastGelu Gelu GlobalAveragePool GlobalMaxPool HardSwish LeakyRelu
+    MaxPool Mish Neg PRelu QuickGelu ReduceMax ReduceMean ReduceMin ReduceSum Relu Resize Round Sign Sin Softsign Sqrt
+    Swish Tan Tanh ThresholdedRelu
     """.split()
-)
+).union(MOVES)
 """Operators that give zeros for zeros, in whatever order; what they add (an offset) is nothing."""
 
-VIEWS = frozenset("Cast DequantizeLinear Gather GatherND Identity Reshape Slice Squeeze Transpose Unsqueeze".split())
+BEFORE = ("Cast", "DequantizeLinear", *VIEWS, *TURNS, *PICKS)
 """Operators behind which a weight may stand."""
 
 SUMS = ("Add", "Sub", "Sum", "Concat", "Where")
@@ -155,7 +155,7 @@ def _rank(value: ir.Value | None) -> int:
     held = edit.tensor(value)
     if held is not None:
         return 0 if held.size > 1 else 3
-    while value is not None and (node := value.producer()) is not None and node.op_type in VIEWS:
+    while value is not None and (node := value.producer()) is not None and node.op_type in BEFORE:
         value = node.inputs[0]
         if edit.tensor(value) is not None:
             return 1

@@ -5,9 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from graphc import edit
-
-_VIEWS = ("Gather", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
-"""Operators whose first operand's elements come out as they are."""
+from graphc.moves import MOVES
 
 
 def scales(model: ir.Model) -> dict[ir.Value, ir.Value]:
@@ -34,15 +32,15 @@ def _constant(value: ir.Value | None) -> ir.Value | None:
     """The constant that a value holds elements of."""
     while value is not None and edit.tensor(value) is None:
         node = value.producer()
-        value = node.inputs[0] if node is not None and edit.is_op(node, *_VIEWS) else None
+        value = node.inputs[0] if node is not None and edit.is_op(node, *MOVES) else None
     return value
 
 
 def _meets_activations(weight: ir.Value) -> bool:
     """Whether a dequantized weight, or a view of it, is multiplied with dequantized activations."""
     for node, _ in weight.uses():
-        if edit.is_op(node, *_VIEWS):
-            if _meets_activations(node.outputs[0]):
+        if edit.is_op(node, *MOVES):
+            if any(map(_meets_activations, node.outputs)):
                 return True
             continue
         for other in node.inputs:

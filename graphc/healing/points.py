@@ -8,11 +8,12 @@ from typing import Literal
 import onnx_ir as ir
 
 from graphc import edit
+from graphc.moves import VIEWS
 
 Kind = Literal["logits", "probabilities", "log-probabilities", "chances", "values"]
 """What an output holds: scores before a softmax, after one, after a log-softmax, after a sigmoid, or anything else."""
 
-_MOVES = ("Cast", "Dropout", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze", "Flatten")
+_MOVES = ("Cast", "Dropout", "Transpose", *VIEWS)
 _SCORES = ("Add", "Conv", "FusedMatMul", "Gemm", "MatMul", "MatMulNBits", "Mul", "Div")
 _PRODUCTS = ("Conv", "FusedMatMul", "Gemm", "MatMul", "MatMulNBits")
 _KINDS: dict[str, Kind] = {"Softmax": "probabilities", "LogSoftmax": "log-probabilities", "Sigmoid": "chances"}

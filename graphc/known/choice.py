@@ -9,17 +9,14 @@ from graphc import edit
 from graphc.edit import Array, attribute
 from graphc.known.knowledge import Knowledge
 from graphc.known.registry import operand
-
-_PASS_ON = frozenset(
-    ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Flatten", "Expand", "Slice", "Split", "Tile")
-)
+from graphc.moves import MOVES
 
 
 def exclude(node: ir.Node, known: Knowledge) -> None:
     """Follow which experts a router never picks: those whose logits are minus infinity, while others suffice."""
     if node.domain not in ("", "ai.onnx") or not node.inputs or node.inputs[0] is None:
         return
-    if node.op_type in _PASS_ON and node.inputs[0] in known.never:
+    if node.op_type in ("Cast", *MOVES) and node.inputs[0] in known.never:
         for out in node.outputs:
             known.never[out] = known.never[node.inputs[0]]
     elif node.op_type == "Concat" and all(v in known.never for v in node.inputs):
@@ -59,6 +56,6 @@ def bottom(value: ir.Value | None, known: Knowledge) -> Array | None:
 def _probability(value: ir.Value | None) -> bool:
     """Whether a value is a Softmax's or a Sigmoid's, of a finite input hence positive."""
     node = value.producer() if value is not None else None
-    while node is not None and node.op_type in ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"):
+    while node is not None and node.op_type in ("Cast", *MOVES):
         node = node.inputs[0].producer() if node.inputs[0] is not None else None
     return node is not None and node.domain in ("", "ai.onnx") and node.op_type in ("Softmax", "Sigmoid")

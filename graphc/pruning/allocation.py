@@ -18,6 +18,7 @@ import onnx_ir as ir
 from graphc import edit
 from graphc.axes.groups import Group, Groups
 from graphc.edit import Array
+from graphc.moves import VIEWS
 from graphc.pruning.weightless import Weightless
 
 Measure = Literal["units", "params", "bytes", "flops"]
@@ -143,14 +144,7 @@ def _source(value: ir.Value | None) -> ir.Value | None:
     """The constant that a value is, up to a cast, a dequantization or a transposition."""
     while value is not None and edit.tensor(value) is None:
         node = value.producer()
-        if node is None or node.op_type not in (
-            "Cast",
-            "CastLike",
-            "DequantizeLinear",
-            "Identity",
-            "Reshape",
-            "Transpose",
-        ):
+        if node is None or node.op_type not in ("Cast", "CastLike", "DequantizeLinear", "Transpose", *VIEWS):
             return None
         value = node.inputs[0]
     return value

@@ -18,6 +18,7 @@ from graphc.axes import cut
 from graphc.axes.groups import Group, Groups, Place
 from graphc.contract import Context
 from graphc.edit import Array
+from graphc.moves import VIEWS
 from graphc.pruning.routers import NO_ROUTER, choice
 
 EXPERT = "expert"
@@ -154,7 +155,7 @@ def shares_out(groups: Groups, group: Group) -> bool:
         for use in value.uses():
             if edit.is_op(use.node, "Softmax") or (edit.is_op(use.node, "Div") and use.idx == 0):
                 return True
-            if edit.is_op(use.node, "Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze"):
+            if edit.is_op(use.node, "Cast", *VIEWS):
                 todo.append(use.node.outputs[0])
     return False
 

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from graphc import contraction, edit
 from graphc.contract import PassResult
 from graphc.contraction import Contraction
+from graphc.moves import VIEWS
 from graphc.sparsity import layers
 
 KINDS = ("MatMul", "Gemm", "Conv", "Gather")
@@ -167,7 +168,7 @@ def _is_given(value: ir.Value) -> bool:
     return False
 
 
-_LAID_OUT = ("Add", "Cast", "Div", "Mul", "Pad", "Reshape", "Sub", "Transpose", "Unsqueeze")
+_LAID_OUT = ("Add", "Cast", "Div", "Mul", "Pad", "Sub", "Transpose", *VIEWS)
 
 
 def _embedding(node: ir.Node, sites: dict[ir.Value, Site]) -> None:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from graphc import edit
 from graphc.edit import Array, is_op
+from graphc.moves import VIEWS
 from graphc.quantization import store
 from graphc.quantization.rounding import Codes
 from graphc.quantization.sites import Site
@@ -19,7 +20,7 @@ from graphc.quantization.sites import Site
 Scales = Mapping[str, tuple[np.float32, np.uint8]]
 """Scale and zero point of activations, by the name of the value."""
 
-SAME = ("Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+SAME = ("MaxPool", "Transpose", *VIEWS)
 """Operators whose output takes values of their input only."""
 
 JOINED = ("Add", "AveragePool", "Concat", "GlobalAveragePool", "Mul")

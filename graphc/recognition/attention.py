@@ -14,10 +14,11 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from graphc import edit
+from graphc.moves import RESHAPES
 from graphc.recognition import existing, masks, products
 from graphc.recognition import scores as reading
 from graphc.recognition.graph import Graph
-from graphc.recognition.layout import VIEWS, Axes, Axis, Leaf, Place, moved, resolve, settled, size, trace
+from graphc.recognition.layout import Axes, Axis, Leaf, Place, moved, resolve, settled, size, trace
 from graphc.recognition.operator import Heads, Operands, copies, onwards
 from graphc.recognition.scores import Scores
 from graphc.rewrites.base import Refused, Rewriter, Rule
@@ -89,7 +90,7 @@ def _weighted(node: ir.Node) -> tuple[ir.Node, int, list[ir.Value | None], list[
         if found is not None:
             side = 0 if found.inputs[0] is value else 1
             return None if found.inputs[1 - side] is value else (found, side, guards, between)
-        following = next((n for n in readers if edit.is_op(n, "Cast", *VIEWS, "Transpose")), None)
+        following = next((n for n in readers if edit.is_op(n, "Cast", *RESHAPES, "Transpose")), None)
         if following is None:
             return None
         between.append(following)

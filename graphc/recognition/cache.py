@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from graphc import edit
+from graphc.moves import PICKS, VIEWS
 from graphc.recognition.graph import Graph
-from graphc.recognition.layout import VIEWS, Axes, Axis, Place, fresh, resolve, settled, trace
+from graphc.recognition.layout import Axes, Axis, Place, fresh, resolve, settled, trace
 
-_CARRIED = ("Identity", "Cast", "Transpose", "Gather", "Slice", "Split", *VIEWS)
+_CARRIED = ("Cast", "Transpose", *VIEWS, *PICKS)
 """What may lie between an input of the graph and the past."""
 
 

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from graphc import edit
+from graphc.moves import REPEATS, VIEWS
 from graphc.recognition import loops, stacked
 from graphc.recognition.graph import Graph
 from graphc.recognition.loops import Loop
 from graphc.rewrites.base import Refused, Rewriter, Rule
 from graphc.shapes.symbolic import product
 
-_VIEWS = ("Reshape", "Expand", "Tile", "Unsqueeze", "Squeeze", "Identity", "Flatten")
+_VIEWS = (*VIEWS, *REPEATS)
 _LONGEST = 64
 """Nodes of a region at most."""
 

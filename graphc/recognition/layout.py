@@ -14,12 +14,11 @@ from itertools import pairwise
 import onnx_ir as ir
 
 from graphc import edit
+from graphc.moves import RESHAPES
 from graphc.recognition.graph import Graph
 from graphc.shapes import Shape
 from graphc.shapes.symbolic import Dim, exact_quotient, product
 from graphc.simplification.chains import target
-
-VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 
 
 class Leaf:
@@ -95,7 +94,7 @@ def moved(node: ir.Node, axes: Axes, graph: Graph) -> Axes | None:
     if edit.is_op(node, "Transpose"):
         perm = edit.attribute(node, "perm") or tuple(reversed(range(len(axes))))
         return tuple(axes[i] for i in perm) if len(perm) == len(axes) else None
-    if edit.is_op(node, *VIEWS):
+    if edit.is_op(node, *RESHAPES):
         dims = graph.dims(node.outputs[0])
         return None if dims is None else regroup(axes, dims)
     return axes if edit.is_op(node, "Identity") else None

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphc import edit
+from graphc.moves import VIEWS
 from graphc.recognition import picks
 from graphc.recognition.alike import Alike
 from graphc.recognition.graph import Graph
@@ -24,7 +25,6 @@ from graphc.recognition.picks import Pick, Places
 from graphc.rewrites.base import Refused
 from graphc.shapes.symbolic import Dim, minimum, product
 
-_VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
 """Operators that leave the elements in their order."""
 
 
@@ -130,7 +130,7 @@ def _other(indices: ir.Value, known: dict[ir.Value, Pick]) -> str:
                 return "tokens are sorted by expert, and each expert is applied to its part of them"
             if edit.is_op(reader, "Gather") and reader.inputs[0] is value and edit.tensor(reader.inputs[1]) is None:
                 return "which experts are applied depends on the tokens, and how many on the example of the export"
-            if edit.is_op(reader, *_VIEWS) and reader.outputs[0] not in seen:
+            if edit.is_op(reader, *VIEWS) and reader.outputs[0] not in seen:
                 seen.add(reader.outputs[0])
                 queue.append(reader.outputs[0])
     return "experts compute tokens that did not choose them, and count as zero times what they give"
@@ -192,7 +192,7 @@ class _Reader:
         origin: ir.Value | None = data
         while origin is not None and self.graph.dims(origin) != self.shape:
             node = origin.producer()
-            origin = node.inputs[0] if node is not None and edit.is_op(node, *_VIEWS) else None
+            origin = node.inputs[0] if node is not None and edit.is_op(node, *VIEWS) else None
         return None if origin is None else (origin, places)
 
     def part(self, update: ir.Value | None, source: ir.Value) -> Part:
@@ -343,7 +343,7 @@ def after(router: ir.Node) -> Iterator[ir.Node]:
 def _before_views(value: ir.Value | None) -> ir.Node | None:
     """What makes the elements of a value, in their order."""
     node = value.producer() if value is not None else None
-    while node is not None and edit.is_op(node, *_VIEWS):
+    while node is not None and edit.is_op(node, *VIEWS):
         node = node.inputs[0].producer() if node.inputs[0] is not None else None
     return node
 
@@ -352,7 +352,7 @@ def root(value: ir.Value, width: Dim, graph: Graph) -> ir.Value:
     """What a value is a view of, with rows of the same width."""
     found, rows = value, product(graph.dims(value) or ())
     node = value.producer()
-    while node is not None and edit.is_op(node, *_VIEWS) and node.inputs[0] is not None:
+    while node is not None and edit.is_op(node, *VIEWS) and node.inputs[0] is not None:
         value = node.inputs[0]
         shape = graph.dims(value)
         if shape is not None and len(shape) > 1 and shape[-1] == width and product(shape) == rows:
@@ -364,7 +364,7 @@ def root(value: ir.Value, width: Dim, graph: Graph) -> ir.Value:
 def _is_zero(value: ir.Value | None) -> bool:
     """Whether all elements are the constant zero."""
     node = value.producer() if value is not None else None
-    if node is not None and edit.is_op(node, "Expand", *_VIEWS):
+    if node is not None and edit.is_op(node, "Expand", *VIEWS):
         return _is_zero(node.inputs[0])
     if node is not None and edit.is_op(node, "ConstantOfShape"):
         held = node.attributes["value"].as_tensor().numpy() if "value" in node.attributes else np.zeros(1)

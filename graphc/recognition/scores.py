@@ -10,27 +10,14 @@ import numpy as np
 import onnx_ir as ir
 
 from graphc import edit
+from graphc.moves import VIEWS
 from graphc.recognition import products
 from graphc.recognition.graph import Graph
 from graphc.recognition.layout import Axes, moved, settled, sizes
 from graphc.recognition.products import Product
 from graphc.rewrites.base import Refused
 
-PASSED = (
-    "Mul",
-    "Div",
-    "Add",
-    "Sub",
-    "Where",
-    "Tanh",
-    "Cast",
-    "Reshape",
-    "Flatten",
-    "Transpose",
-    "Squeeze",
-    "Unsqueeze",
-    "Identity",
-)
+PASSED = ("Mul", "Div", "Add", "Sub", "Where", "Tanh", "Cast", "Transpose", *VIEWS)
 """Operators that may stand between the product and the softmax."""
 
 _DEEPEST = 12
@@ -304,7 +291,7 @@ def _positions(value: ir.Value | None) -> ir.Value | None:
     while value is not None and (node := value.producer()) is not None:
         if edit.is_op(node, "Range"):
             return value
-        if not edit.is_op(node, "Unsqueeze", "Reshape", "Cast", "Squeeze", "Transpose"):
+        if not edit.is_op(node, "Cast", "Transpose", *VIEWS):
             return None
         value = node.inputs[0]
     return None

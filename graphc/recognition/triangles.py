@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from graphc import edit
 from graphc.edit import Array
+from graphc.moves import MOVES, VIEWS
 from graphc.recognition.graph import Graph
 
 _EARLIER = {"LessOrEqual": (1, 0), "GreaterOrEqual": (0, 1)}
@@ -73,7 +74,7 @@ def _all_true(value: ir.Value | None) -> bool:
     if edit.is_op(node, "ConstantOfShape") and node is not None:
         filled = node.attributes.get("value")
         return filled is not None and bool(filled.as_tensor().numpy().all())
-    if edit.is_op(node, "Expand", "Cast", "Reshape", "Unsqueeze", "Identity") and node is not None:
+    if edit.is_op(node, "Cast", *MOVES) and node is not None:
         return _all_true(node.inputs[0])
     held = edit.constant(value, _LARGEST)
     return held is not None and bool(held.all())
@@ -108,7 +109,7 @@ def _counted(value: ir.Value | None) -> ir.Value | None:
         node = value.producer() if value is not None else None
         if node is None or edit.is_op(node, "Range"):
             return value if node is not None else None
-        if not edit.is_op(node, "Unsqueeze", "Reshape", "Cast", "Squeeze", "Identity"):
+        if not edit.is_op(node, "Cast", *VIEWS):
             return None
         value = node.inputs[0]
     return None

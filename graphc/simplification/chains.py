@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from graphc import edit
 from graphc.edit import attribute, is_op
+from graphc.moves import RESHAPES
 from graphc.shapes import Shape
 from graphc.shapes.symbolic import positive
 from graphc.shapes.tensor_rules import axes_of, slice_parameters
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from graphc.simplification.sweep import Sweep
 
 RULES = Rules()
-
-RESHAPING = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 
 
 def _producer(node: ir.Node, *operators: str, index: int = 0) -> ir.Node | None:
@@ -113,9 +112,9 @@ def _moves_nothing(node: ir.Node, sweep: Sweep) -> bool:
     return moved == sorted(moved)
 
 
-@RULES.add(*RESHAPING, "Transpose")
+@RULES.add(*RESHAPES, "Transpose")
 def _reshapes(node: ir.Node, sweep: Sweep) -> Outcome:
-    before = _producer(node, *RESHAPING, "Transpose")
+    before = _producer(node, *RESHAPES, "Transpose")
     if before is None or before.inputs[0] is None:
         return None
     if any(each.op_type == "Transpose" and not _moves_nothing(each, sweep) for each in (before, node)):

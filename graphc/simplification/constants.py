@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from graphc import edit
 from graphc.edit import Array
+from graphc.moves import VIEWS
 from graphc.shapes import Facts, fold
 from graphc.shapes.kernels import CannotFold
 
@@ -17,7 +18,7 @@ LARGE = 16 << 20
 """Bytes from which a computed constant is not held in memory: it is computed when it is written."""
 _VIEW = 256 << 10
 """Bytes from which another layout of a constant is no copy: all layers together may be large though no weight is."""
-_RELAYOUT = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+_RELAYOUT = frozenset({"Cast", "Transpose", *VIEWS})
 """Operators whose result is the same weight in another form, and keeps its name."""
 _LAZY = frozenset({"Add", "Concat", "Mul", "Neg", "Sqrt", "Sub", "Tile", "Where"})
 """Operators that are certain to succeed on constants of fitting shapes, so that they can be left for later."""

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphc.edit import attribute, is_op
+from graphc.moves import MOVES
 from graphc.simplification.rules import Become, Outcome, Rules, kept_attributes
 
 if TYPE_CHECKING:
@@ -17,20 +18,6 @@ RULES = Rules()
 
 _STATES = {"GRU": (5,), "LSTM": (5, 6), "RNN": (5,)}
 """The inputs that hold an initial state; left out, it is zero."""
-_MOVING = (
-    "Cast",
-    "Expand",
-    "Flatten",
-    "Gather",
-    "Identity",
-    "Reshape",
-    "Slice",
-    "Squeeze",
-    "Tile",
-    "Transpose",
-    "Unsqueeze",
-)
-"""Operators whose output has only elements of their first input."""
 
 
 @RULES.add(*_STATES)
@@ -52,7 +39,7 @@ def _is_zero(value: ir.Value | None, sweep: Sweep) -> bool:
     if array is not None:
         return not np.any(array)
     producer = None if value is None else value.producer()
-    if is_op(producer, *_MOVING) and producer is not None:
+    if is_op(producer, "Cast", *MOVES) and producer is not None:
         return _is_zero(producer.inputs[0], sweep)
     if is_op(producer, "ConstantOfShape") and producer is not None:
         fill = attribute(producer, "value")
