@@ -192,13 +192,19 @@ class Collector:
 
 
 def with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
-    """A copy of a model whose outputs are these values, and which computes nothing else. It shares the tensors."""
+    """A copy of a model whose outputs are these values, and which computes nothing else. It shares the tensors.
+
+    Experts are not copied for each token that picks them.
+    """
+    from graphc.stats import picked
+
     copy = model.clone()
     graph = copy.graph
     by_name = {v.name: v for node in graph for v in node.outputs} | {v.name: v for v in graph.inputs}
     graph.outputs.clear()
     graph.outputs.extend(by_name[name] for name in names)
     RemoveUnusedNodesPass()(copy)
+    picked.by_expert(copy)
     caches.name_presents(copy)
     return copy
 
