@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graphc import edit, runtime
+from graphc import runtime
 from graphc.contract import Capabilities, Context, PassResult
 from graphc.passes.quantize import Quantize
 from graphc.stats import Collector
 from graphc.storage.portable import portable
+from tests.small_models import hold
 
 CONTEXT = Context(Capabilities("portable", 13, {"": 26}))
 DATA = Path(__file__).parent / "data"
@@ -24,12 +25,7 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 def build(body: str, inputs: str, outputs: str, opset: int = 21, **constants: np.ndarray) -> ir.Model:
     model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["": {opset}]> g ({inputs}) => ({outputs}) {{ {body} }}')
-    for name, array in constants.items():
-        value = edit.initializer(model.graph, array, name)
-        for node in edit.nodes(model):
-            for i, old in enumerate(node.inputs):
-                if old is not None and old.name == name and old is not value:
-                    node.replace_input_with(i, value)
+    hold(model, **constants)
     for i, node in enumerate(model.graph):
         node.name = node.name or f"{node.op_type}_{i}"
     return model
@@ -85,10 +81,6 @@ def held(model: ir.Model, name: str) -> np.ndarray:
     value = model.graph.initializers[name].const_value
     assert value is not None
     return value.numpy()
-
-
-def operators(model: ir.Model) -> list[str]:
-    return [node.op_type for node in edit.nodes(model)]
 
 
 def reasons(result: PassResult) -> set[str]:

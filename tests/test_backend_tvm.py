@@ -23,14 +23,10 @@ from graphc.opset.expand import expand
 from graphc.recipe import parse_backend
 from graphc.shapes import fix
 from graphc.tvm import install
+from tests.tvm_models import build, text, weight
 
 Array = np.ndarray[Any, np.dtype[Any]]
 DATA = Path(__file__).parent / "data"
-
-
-def text(body: str, head: str = "(float[2,4,8,8] x) => (float y)", opset: int = 21) -> ir.Model:
-    """A model from ONNX's text form; the shapes of outputs are left open."""
-    return ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : {opset}]> g {head} {{ {body} }}')
 
 
 def save(model: ir.Model, path: Path) -> Path:
@@ -147,36 +143,6 @@ def test_a_file_is_refused_before_any_work(tmp_path: Path) -> None:
 
 
 # --- what needs TVM --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tvm() -> Any:
-    pytest.importorskip("tvm", reason="TVM is not installed: pip install 'graphc[tvm]'")
-    if shutil.which("g++") is None and shutil.which("clang++") is None:
-        pytest.skip("no C++ compiler to link with")
-    return sys.modules["tvm"]
-
-
-def build(model: ir.Model, folder: Path, *shapes: str) -> Any:
-    """Compile a model as it is, without passes before, in this process; load it."""
-    from graphc.tvm import emit, targets, tune
-
-    target = parse_backend("tvm", {"shapes": shapes, "threads": 2, "runtime": False})
-    folder.mkdir(exist_ok=True)
-    needs = emit.emit(model, folder, targets.resolve("x86-64-v3", 2), shapes, tune.Budget(), no_progress)
-    (folder / "graphc.json").write_text(json.dumps({"target": target.spec(), "runtime": dict(needs)}))
-    return target.load(folder)
-
-
-def weight(name: str, *shape: int, seed: int = 0) -> ir.Value:
-    """An initializer of random numbers."""
-    data = (np.random.default_rng(seed).standard_normal(shape) / np.sqrt(shape[-1] if shape else 1)).astype(np.float32)
-    return ir.Value(
-        name=name,
-        shape=ir.Shape(shape),
-        type=ir.TensorType(ir.DataType.FLOAT),
-        const_value=ir.tensor(data, name=name),
-    )
 
 
 FAMILIES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {

@@ -14,6 +14,7 @@ from graphc.contract import Capabilities, Context
 from graphc.errors import BadInput
 from graphc.passes.cast import Cast
 from graphc.recipe import Recipe
+from tests.small_models import hold
 
 CONTEXT = Context(target=Capabilities("portable", 10, {"": 21}))
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
@@ -21,14 +22,7 @@ FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
 def build(body: str, inputs: str = "float[N,4] x", outputs: str = "float[N,5] y", **constants: np.ndarray) -> ir.Model:
     text = f'<ir_version: 10, opset_import: ["": 21]> g ({inputs}) => ({outputs}) {{ {body} }}'
-    model = ir.from_onnx_text(text)
-    for name, array in constants.items():
-        value = edit.initializer(model.graph, array, name)
-        for node in edit.nodes(model):
-            for i, old in enumerate(node.inputs):
-                if old is not None and old.name == name and old is not value:
-                    node.replace_input_with(i, value)
-    return model
+    return hold(ir.from_onnx_text(text), **constants)
 
 
 def run(model: ir.Model, **feeds: np.ndarray) -> dict[str, np.ndarray]:

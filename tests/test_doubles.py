@@ -11,6 +11,7 @@ import pytest
 from graphc import compiled, runtime
 from graphc.checking import doubles
 from graphc.contract import Runnable
+from tests.small_models import hold
 
 pytest.importorskip("onnxruntime")
 
@@ -26,14 +27,7 @@ def cancelling(function: str = "Identity") -> ir.Model:
     """A function of ``x`` times ``w``, less the same times ``w`` without 1 on the diagonal: ``w`` costs digits."""
     model = text(f"z = {function}(x)\n a = MatMul(z, w)\n b = MatMul(z, v)\n y = Sub(a, b)")
     w = np.random.default_rng(0).integers(-9000, 9000, (8, 8)).astype(np.float32)
-    for name, data in {"w": w, "v": w - np.eye(8, dtype=np.float32)}.items():
-        held = ir.Value(name=name, const_value=ir.tensor(data, name=name), type=ir.TensorType(ir.DataType.FLOAT))
-        model.graph.initializers[name] = held
-        for node in model.graph:
-            for number, value in enumerate(node.inputs):
-                if value is not None and value.name == name:
-                    node.replace_input_with(number, held)
-    return model
+    return hold(model, w=w, v=w - np.eye(8, dtype=np.float32))
 
 
 class Exact(Runnable):

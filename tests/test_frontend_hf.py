@@ -6,7 +6,7 @@ import json
 import shutil
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,9 @@ from graphc.frontends.huggingface.folder import open_folder, quiet  # noqa: E402
 from graphc.frontends.huggingface.tasks import model_class  # noqa: E402
 from graphc.storage import safetensors  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "generate"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -16,32 +16,10 @@ from graphc.errors import BadInput
 from graphc.passes import fuse
 from graphc.passes.fuse import Fuse
 from graphc.recipe import Recipe
+from tests.small_models import IMAGE, build, numbers, operators, reasons
 
 CONTEXT = Context(target=Capabilities("portable", 10, {"": 21}))
-IMAGE = "float[N,4,9,8] x"
 ROWS = "float[N,6] x"
-
-
-def numbers(*shape: int, seed: int = 0, low: float = -1.0, high: float = 1.0) -> np.ndarray:
-    return np.random.default_rng(seed).uniform(low, high, shape).astype(np.float32)
-
-
-def build(body: str, x: str = IMAGE, outputs: str = "y", opset: int = 21, **constants: object) -> ir.Model:
-    """A model from ONNX text; ``constants`` become initializers, float32 unless they are integer arrays."""
-    declared = ", ".join(f"float {name}" for name in outputs.split())
-    text = f'<ir_version: 10, opset_import: ["": {opset}]> g ({x}) => ({declared}) {{ {body} }}'
-    model = ir.from_onnx_text(text)
-    for output in model.graph.outputs:
-        output.shape = None
-        output.dtype = next(v.dtype for v in model.graph.inputs)
-    missing = {v.name: v for node in edit.nodes(model) for v in node.inputs if v is not None and v.producer() is None}
-    for name, data in constants.items():
-        array = np.asarray(data, dtype=np.float32 if not isinstance(data, np.ndarray) else None)
-        value = missing[name]
-        value.const_value = ir.tensor(array, name=name)
-        value.shape, value.type = ir.Shape(array.shape), ir.TensorType(value.const_value.dtype)
-        model.graph.register_initializer(value)
-    return model
 
 
 def feeds(model: ir.Model, seed: int = 1) -> dict[str, np.ndarray]:
@@ -64,10 +42,6 @@ def assert_same(before: ir.Model, after: ir.Model) -> None:
         np.testing.assert_allclose(found[name], array, rtol=0, atol=64 * eps * (1 + np.abs(array).max()))
 
 
-def operators(model: ir.Model) -> list[str]:
-    return [node.op_type for node in edit.nodes(model)]
-
-
 def fused(model: ir.Model, **options: object) -> tuple[ir.Model, PassResult]:
     """Run the pass on a copy, check that it computes the same, and that a second run changes nothing."""
     after = model.clone()
@@ -75,10 +49,6 @@ def fused(model: ir.Model, **options: object) -> tuple[ir.Model, PassResult]:
     assert_same(model, after)
     assert not Fuse(**options).run(after, CONTEXT).changed
     return after, result
-
-
-def reasons(result: PassResult) -> list[str]:
-    return [refusal.reason for refusal in result.refusals]
 
 
 W = numbers(5, 4, 3, 3)

@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from tests.test_fuse import ROWS, M, W, build, fused, numbers, operators, reasons
+from tests.small_models import build, numbers, operators, reasons
+from tests.test_fuse import ROWS, M, W, fused
 
 
 @pytest.mark.parametrize(

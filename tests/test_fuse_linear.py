@@ -7,7 +7,8 @@ import onnx_ir as ir
 import pytest
 
 from graphc.rewrites import weights
-from tests.test_fuse import BN, ROWS, B, M, S, T, W, build, fused, numbers, operators, reasons
+from tests.small_models import build, numbers, operators, reasons
+from tests.test_fuse import BN, ROWS, B, M, S, T, W, fused
 
 
 @pytest.mark.parametrize(

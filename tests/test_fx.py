@@ -29,6 +29,8 @@ from graphc.passes.prune import Prune  # noqa: E402
 from graphc.passes.shrink import Shrink  # noqa: E402
 from graphc.passes.simplify import Simplify  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONTEXT = Context(Capabilities("portable", 10, {"": 21}))
 DATA = Path(__file__).parent / "data"
 CLS = Path(__file__).parent.parent / "examples" / "models" / "ppocr_cls.onnx"
@@ -43,14 +45,6 @@ INPUTS: dict[str, tuple[Path, list[np.ndarray[Any, Any]]]] = {
     "cls": (CLS, [RNG.standard_normal((1, 3, 48, 192), np.float32)]),
     "squeezenet": (SQUEEZENET, [RNG.standard_normal((1, 3, 224, 224), np.float32)]),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def close(model: ir.Model, module: Any, arrays: list[np.ndarray[Any, Any]]) -> None:

@@ -25,6 +25,9 @@ from graphc.healing.weights import Weights  # noqa: E402
 from graphc.passes.heal import GENERATED, RATES, Heal  # noqa: E402
 from graphc.passes.prune import Prune  # noqa: E402
 from graphc.passes.shrink import Shrink  # noqa: E402
+from tests.small_models import hold  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 Array = np.ndarray[Any, Any]
 
@@ -34,26 +37,14 @@ RNG = np.random.default_rng(0)
 CASES = [{"x": RNG.standard_normal((8, 6), np.float32)} for _ in range(12)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def mlp(last: str = "y = MatMul(e, w3)") -> ir.Model:
     """Two hidden layers with a residual sum; 12 neurons that can go."""
     model = ir.from_onnx_text(f"""<ir_version: 10, opset_import: ["" : 21]>
     g (float[n, 6] x) => (float[n, 5] y)
     {{ a = MatMul(x, w1) b = Add(a, b1) c = Relu(b) d = MatMul(c, w2) e = Add(d, x) {last} }}""")
     rng = np.random.default_rng(1)
-    for name, shape in {"w1": (6, 12), "b1": (12,), "w2": (12, 6), "w3": (6, 5)}.items():
-        value = next(v for node in model.graph for v in node.inputs if v is not None and v.name == name)
-        held = ir.tensor(rng.standard_normal(shape).astype(np.float32), name=name)
-        value.const_value, value.shape, value.type = held, ir.Shape(shape), ir.TensorType(ir.DataType.FLOAT)
-        model.graph.register_initializer(value)
-    return model
+    shapes = {"w1": (6, 12), "b1": (12,), "w2": (12, 6), "w3": (6, 5)}
+    return hold(model, **{name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()})
 
 
 def context(original: ir.Model | None, **more: Any) -> Context:

@@ -19,17 +19,11 @@ from graphc.healing.weights import MOST_CODES, STRIDE, Weights  # noqa: E402
 from graphc.passes.heal import Heal  # noqa: E402
 from tests.quantized_models import CONTEXT, build, context, held, mlp, normal, quantized, rows, run  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Array = np.ndarray[Any, Any]
 
 CASES = rows(12)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def healed(model: ir.Model, original: ir.Model, **options: Any) -> PassResult:

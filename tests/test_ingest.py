@@ -14,9 +14,10 @@ import onnx_ir as ir
 import pytest
 from safetensors.numpy import save_file
 
-from graphc import edit, pipeline, runtime
+from graphc import pipeline, runtime
 from graphc.recipe import Recipe
 from graphc.report import Report
+from tests.small_models import hold
 
 Array = np.ndarray[Any, np.dtype[Any]]
 HEADS, DIM, WIDTH, NEURONS, LAYERS = 4, 3, 12, 10, 2
@@ -29,12 +30,7 @@ def normal(seed: int, *shape: int) -> Array:
 
 def save(path: Path, body: str, inputs: str, outputs: str, constants: dict[str, Array]) -> Path:
     model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["": 21]> g ({inputs}) => ({outputs}) {{ {body} }}')
-    for name, array in constants.items():
-        value = edit.initializer(model.graph, array, name)
-        for node in edit.nodes(model):
-            for i, old in enumerate(node.inputs):
-                if old is not None and old.name == name and old is not value:
-                    node.replace_input_with(i, value)
+    hold(model, **constants)
     for i, node in enumerate(model.graph):
         node.name = f"{node.op_type}_{i}"
     ir.save(model, path)

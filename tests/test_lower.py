@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,32 +14,13 @@ import pytest
 from graphc import edit, runtime
 from graphc.cache import Store
 from graphc.cli import main
-from graphc.contract import Context, PassResult, Probe
+from graphc.contract import PassResult, Probe
 from graphc.errors import BadInput
 from graphc.passes.lower import Lower
 from graphc.runtime.timing import Timing
 from graphc.timings import Table, digest
-from tests.test_fuse import build, numbers, operators, reasons
-from tests.test_recognise import CONTEXT, feeds, run
-from tests.test_recognise_attention import FRAGMENTS
-
-TARGET = dataclasses.replace(runtime.capabilities(), portable=False)
-
-
-def always(ratio: float) -> Context:
-    """A context in which every form is this fast, and every probe computes twice the same."""
-
-    def time(probes: Sequence[Probe]) -> Mapping[str, float]:
-        for probe in probes:
-            before, after = (
-                runtime.session(model, optimise=False, threads=1).run(probe.inputs)
-                for model in (probe.before, probe.after)
-            )
-            for name, array in before.items():
-                np.testing.assert_allclose(after[name], array, rtol=0, atol=1e-5 * max(1, np.abs(array).max()))
-        return {probe.signature: ratio for probe in probes}
-
-    return dataclasses.replace(CONTEXT, target=TARGET, time=time)
+from tests.recognised_models import CONTEXT, FRAGMENTS, TARGET, always
+from tests.small_models import build, feeds, numbers, operators, reasons, run
 
 
 def lowered(model: ir.Model, ratio: float = 0.5, **options: object) -> tuple[ir.Model, PassResult]:

@@ -17,9 +17,9 @@ from graphc.lowering import weights
 from graphc.passes.lower import Lower
 from graphc.runtime.timing import Timing
 from graphc.timings import Table
-from tests.test_fuse import build, numbers, operators, reasons
-from tests.test_lower import TARGET, always, lowered
-from tests.test_recognise import CONTEXT, feeds, run
+from tests.recognised_models import CONTEXT, TARGET, always
+from tests.small_models import build, feeds, numbers, operators, reasons, run
+from tests.test_lower import lowered
 
 ROWS = "float[B,S,8] x"
 

@@ -11,10 +11,8 @@ from graphc.passes.lower import Lower
 from graphc.passes.quantize import Quantize
 from graphc.passes.simplify import Simplify
 from graphc.recognition.census import mixtures
-from tests.test_fuse import numbers, operators, reasons
-from tests.test_lower import always
-from tests.test_recognise import CONTEXT, feeds, run
-from tests.test_recognise_attention import Writer
+from tests.recognised_models import CONTEXT, Writer, always
+from tests.small_models import feeds, numbers, operators, reasons, run
 
 EXPERTS, WIDTH, HIDDEN, CHOSEN = 4, 6, 5, 2
 

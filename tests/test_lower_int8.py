@@ -21,7 +21,8 @@ from graphc.model import load
 from graphc.passes.lower_int8 import LowerInt8
 from graphc.passes.quantize import Quantize
 from graphc.storage.portable import portable
-from tests.quantized_models import CONTEXT, DATA, build, normal, operators, reasons
+from tests.quantized_models import CONTEXT, DATA, build, normal, reasons
+from tests.small_models import operators
 
 TARGET = dataclasses.replace(runtime.capabilities(), portable=False)
 FREE = dataclasses.replace(CONTEXT, target=TARGET)

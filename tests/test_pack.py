@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from graphc.passes.simplify import Simplify
 from graphc.recipe import parse_backend
 from graphc.tiles import Tiled
 from graphc.tvm import emit
-from tests.test_backend_tvm import build, text
+from tests.tvm_models import build, text
 
 Array = np.ndarray[Any, np.dtype[Any]]
 TVM = Capabilities("tvm", max_ir=10, max_opset={"": 21})
@@ -138,13 +137,6 @@ def test_a_tile_that_is_none_is_refused() -> None:
 
 
 # --- what needs TVM --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tvm() -> None:
-    pytest.importorskip("tvm", reason="TVM is not installed: pip install 'graphc[tvm]'")
-    if shutil.which("g++") is None and shutil.which("clang++") is None:
-        pytest.skip("no C++ compiler to link with")
 
 
 @pytest.mark.parametrize("rows", [1, 7, 40])

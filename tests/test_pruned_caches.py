@@ -12,9 +12,8 @@ from graphc.axes.groups import Group, analyse
 from graphc.passes.lower import Lower
 from graphc.passes.shrink import Shrink
 from graphc.recipe import Recipe
-from tests.test_fuse import build, numbers
-from tests.test_lower import always
-from tests.test_recognise import CONTEXT, feeds, run
+from tests.recognised_models import CONTEXT, always
+from tests.small_models import build, feeds, numbers, run
 
 WIDTH, SIZE, GROUPS, REPEATS, INNER = 16, 8, 2, 2, 24
 HEADS = GROUPS * REPEATS

@@ -28,10 +28,9 @@ from graphc.recipe import Recipe
 from graphc.stats import Collector
 from tests import test_recognise_cache, test_run_script
 from tests.fragments.foreign_export import FOLDER
-from tests.test_fuse import build, operators, reasons
-from tests.test_lower import always
+from tests.recognised_models import CONTEXT, always
+from tests.small_models import build, feeds, operators, reasons, run
 from tests.test_lower_decoders import ONLY, decoder, example
-from tests.test_recognise import CONTEXT, feeds, run
 
 Arrays = dict[str, np.ndarray]
 

@@ -14,7 +14,8 @@ from graphc.errors import BadInput
 from graphc.passes.quantize import Quantize
 from graphc.quantization import flattening, sensitivity
 from graphc.quantization.ways import sites_of
-from tests.quantized_models import build, context, held, normal, operators, quantized, reasons, run
+from tests.quantized_models import build, context, held, normal, quantized, reasons, run
+from tests.small_models import operators
 
 Arrays = dict[str, np.ndarray]
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from graphc.quantization import rounding
 from graphc.quantization.granularity import Granularity
 from graphc.quantization.grid import Grid
-from tests.quantized_models import held, mlp, normal, operators, quantized, reference, rows, run
+from tests.quantized_models import held, mlp, normal, quantized, reference, rows, run
+from tests.small_models import operators
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

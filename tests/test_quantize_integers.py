@@ -25,12 +25,12 @@ from tests.quantized_models import (
     images,
     mlp,
     normal,
-    operators,
     pictures,
     quantized,
     rows,
     run,
 )
+from tests.small_models import operators
 
 
 def test_dynamic_is_exact_integer_arithmetic_under_default_options() -> None:

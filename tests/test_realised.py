@@ -11,9 +11,9 @@ from graphc import frontends, inspection, model, runtime
 from graphc.passes.recognise import Recognise
 from graphc.recognition.census import attentions
 from graphc.runtime import realised
-from tests.test_fuse import build
-from tests.test_recognise import CONTEXT
-from tests.test_recognise_attention import FRAGMENTS, plain
+from tests.recognised_models import CONTEXT, FRAGMENTS
+from tests.small_models import build
+from tests.test_recognise_attention import plain
 
 
 def missing(each: ir.Model, folder: Path) -> list[str]:

@@ -8,45 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphc import edit, runtime
-from graphc.contract import Capabilities, Context, PassResult
+from graphc import edit
+from graphc.contract import Capabilities, Context
 from graphc.passes.recognise import Recognise
-from tests.test_fuse import build, numbers, operators, reasons
-
-CONTEXT = Context(target=runtime.capabilities())
-
-
-def run(model: ir.Model, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return runtime.session(model, optimise=False, threads=1).run(feeds)
-
-
-def feeds(model: ir.Model, seed: int = 1, **sizes: int) -> dict[str, np.ndarray]:
-    """Random inputs; symbolic sizes are those given, or 3."""
-    rng = np.random.default_rng(seed)
-    found = {}
-    for value in model.graph.inputs:
-        shape = [d if isinstance(d, int) else sizes.get(str(d.value), 3) for d in value.shape]
-        if value.dtype == ir.DataType.BOOL:
-            found[value.name] = rng.random(shape) < 0.7
-        else:
-            found[value.name] = rng.standard_normal(shape).astype(value.dtype.numpy())
-    return found
-
-
-def recognised(model: ir.Model, seed: int = 1, **options: object) -> tuple[ir.Model, PassResult]:
-    """Run the pass on a copy, check that it computes the same, and that a second run changes nothing."""
-    after = model.clone()
-    result = Recognise(**options).run(after, CONTEXT)
-    for sizes in ({}, {"N": 1, "B": 1, "S": 1, "T": 2}):
-        inputs = feeds(model, seed, **sizes)
-        wanted, found = run(model, inputs), run(after, inputs)
-        for name, array in wanted.items():
-            eps = np.finfo(array.dtype).eps
-            assert found[name].dtype == array.dtype and found[name].shape == array.shape
-            np.testing.assert_allclose(found[name], array, rtol=0, atol=64 * eps * (1 + np.abs(array).max()))
-    assert not Recognise(**options).run(after, CONTEXT).changed
-    return after, result
-
+from tests.recognised_models import recognised
+from tests.small_models import build, feeds, numbers, operators, reasons, run
 
 X = "float[N,3,6] x"
 KNOWN = {

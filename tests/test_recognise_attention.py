@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -16,44 +15,8 @@ from graphc.axes import coupled_groups
 from graphc.checking import Checker
 from graphc.passes.recognise import Recognise
 from graphc.passes.simplify import Simplify
-from tests.test_fuse import build, numbers, operators, reasons
-from tests.test_recognise import CONTEXT, feeds, recognised, run
-
-FRAGMENTS = Path(__file__).parent / "data" / "fragments"
-LOWEST = float(np.finfo(np.float32).min)
-
-
-class Writer:
-    """ONNX text, node by node."""
-
-    def __init__(self) -> None:
-        self.body: list[str] = []
-        self.constants: dict[str, np.ndarray] = {}
-        self.inputs: list[str] = []
-
-    def __call__(self, operator: str, *inputs: object, **attributes: object) -> str:
-        names = [self.hold(i) if not isinstance(i, str) else i for i in inputs]
-        name = f"v{len(self.body)}"
-        given = ", ".join(f"{k}={list(v) if isinstance(v, tuple) else v}" for k, v in attributes.items())
-        self.body.append(f"{name} = {operator}{f'<{given}>' if given else ''}({', '.join(names)})")
-        return name
-
-    def hold(self, data: object) -> str:
-        array = np.asarray(data)
-        array = array.astype(np.float32) if array.dtype.kind == "f" else array
-        name = f"c{len(self.constants)}"
-        self.constants[name] = array
-        return name
-
-    def input(self, name: str, type: str) -> str:
-        self.inputs.append(f"{type} {name}")
-        return name
-
-    def model(self, result: str) -> ir.Model:
-        body = " ".join(self.body)
-        model = build(f"{body} y = Identity({result})", x=", ".join(self.inputs), **self.constants)
-        Simplify().run(model, CONTEXT)
-        return model
+from tests.recognised_models import CONTEXT, FRAGMENTS, LOWEST, Writer, recognised
+from tests.small_models import build, feeds, numbers, operators, reasons, run
 
 
 @st.composite

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from graphc import edit, shapes
 from graphc.passes.recognise import Recognise
 from graphc.passes.simplify import Simplify
-from tests.test_fuse import build, operators, reasons
-from tests.test_recognise import CONTEXT, feeds, recognised, run
-from tests.test_recognise_attention import LOWEST, Writer
+from tests.recognised_models import CONTEXT, LOWEST, Writer, recognised
+from tests.small_models import build, feeds, operators, reasons, run
 
 SIZES = ({"B": 2, "S": 3, "P": 4}, {"B": 1, "S": 1, "P": 2}, {"B": 2, "S": 2, "P": 0}, {"B": 3, "S": 1, "P": 0})
 

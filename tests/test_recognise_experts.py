@@ -19,10 +19,8 @@ from graphc.passes.recognise import Recognise
 from graphc.passes.shrink import Shrink
 from graphc.passes.simplify import Simplify
 from graphc.recognition.census import mixtures
-from tests.test_fuse import numbers, operators, reasons
-from tests.test_lower import always
-from tests.test_recognise import CONTEXT, feeds, run
-from tests.test_recognise_attention import Writer
+from tests.recognised_models import CONTEXT, Writer, always
+from tests.small_models import feeds, numbers, operators, reasons, run
 
 EXPORTED = sorted((Path(__file__).parent / "data" / "experts").glob("*.onnx"))
 ONLY = Recognise(only=("experts",))

@@ -15,7 +15,7 @@ from graphc.passes.fuse import Fuse
 from graphc.passes.recognise import Recognise
 from graphc.passes.simplify import Simplify
 from tests.fragments.transformers_export import COMMITTED, EXPECTED, FOLDER, export
-from tests.test_recognise import CONTEXT
+from tests.recognised_models import CONTEXT
 
 
 def check(path: Path, name: str) -> ir.Model:

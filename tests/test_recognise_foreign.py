@@ -10,7 +10,7 @@ from graphc import edit, frontends
 from graphc.checking import Checker
 from graphc.recipe import Recipe
 from tests.fragments.foreign_export import EXPECTED, FOLDER
-from tests.test_recognise import CONTEXT
+from tests.recognised_models import CONTEXT
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -12,8 +12,8 @@ import pytest
 from graphc.passes.fuse import Fuse
 from graphc.passes.recognise import Recognise
 from graphc.passes.simplify import Simplify
-from tests.test_fuse import operators
-from tests.test_recognise import CONTEXT, run
+from tests.recognised_models import CONTEXT
+from tests.small_models import operators, run
 
 OPERATORS = {
     "test_rms_normalization": "RMSNormalization",

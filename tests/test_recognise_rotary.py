@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from graphc import edit
 from graphc.passes.recognise import Recognise
-from tests.test_fuse import operators, reasons
-from tests.test_recognise import CONTEXT, feeds, recognised, run
-from tests.test_recognise_attention import Writer
+from tests.recognised_models import CONTEXT, Writer, recognised
+from tests.small_models import feeds, operators, reasons, run
 
 
 def angles(w: Writer, doubled: str, count: int) -> tuple[str, str]:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from graphc.passes.recognise import Recognise
 from graphc.passes.simplify import Simplify
-from tests.test_fuse import build, numbers, operators, reasons
-from tests.test_recognise import CONTEXT, feeds, run
+from tests.recognised_models import CONTEXT
+from tests.small_models import build, feeds, numbers, operators, reasons, run
 
 ROWS = "float[B,2,S,4] q, float[B,2,T,4] k, float[B,2,T,4] v"
 

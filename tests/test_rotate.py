@@ -17,7 +17,8 @@ from graphc.contract import PassResult
 from graphc.passes.quantize import Quantize
 from graphc.passes.rotate import Rotate
 from graphc.rotation.orthogonal import Orthogonal
-from tests.quantized_models import CONTEXT, DATA, build, held, normal, operators, reasons, run
+from tests.quantized_models import CONTEXT, DATA, build, held, normal, reasons, run
+from tests.small_models import operators
 
 KINDS = ("channel", "expert", "head", "head_dim", "neuron", "rank", "width")
 

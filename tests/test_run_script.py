@@ -15,8 +15,8 @@ from graphc import caches, runtime
 from graphc.backends.onnxruntime import OnnxRuntime
 from graphc.passes.lower import Lower
 from graphc.runtime.scripts import script
-from tests.test_fuse import build, numbers
-from tests.test_lower import always
+from tests.recognised_models import always
+from tests.small_models import build, numbers
 
 
 def decoder(new: str, past: bool = True) -> ir.Model:

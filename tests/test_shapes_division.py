@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from graphc.shapes import Facts, symbolic
 from graphc.shapes.symbolic import Dim, symbol
-from tests.test_fuse import build
+from tests.small_models import build
 
 N = symbol("n")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -131,13 +130,6 @@ def test_weights_in_files_stay_there(tmp_path: Path) -> None:
 
 
 # --- what needs TVM --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def tvm() -> None:
-    pytest.importorskip("tvm", reason="TVM is not installed: pip install 'graphc[tvm]'")
-    if shutil.which("g++") is None and shutil.which("clang++") is None:
-        pytest.skip("no C++ compiler to link with")
 
 
 def test_what_the_child_refuses_is_what_is_said(tvm: None, tmp_path: Path) -> None:

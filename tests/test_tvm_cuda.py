@@ -19,9 +19,8 @@ from tests.test_tvm_recurrent import layer
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def kernels(tvm: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The CUDA code of all that is compiled."""
-    pytest.importorskip("tvm", reason="TVM is not installed: pip install 'graphc[tvm]'")
     from graphc.tvm import cuda
 
     try:

@@ -19,8 +19,7 @@ FUNCTIONS: dict[str, Callable[[Array], Array]] = {
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_function_is_as_close_as_float32_gets(name: str) -> None:
-    tvm: Any = pytest.importorskip("tvm", reason="TVM is not installed: pip install 'graphc[tvm]'")
+def test_a_function_is_as_close_as_float32_gets(name: str, tvm: Any) -> None:
     from tvm import te, tirx
 
     from graphc.tvm import functions, targets

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,12 @@ import pytest
 
 from graphc import runtime
 from graphc.recipe import parse_backend
-from graphc.tvm import emit
-from graphc.tvm.placing import OWN
-from tests.test_backend_tvm import build
+from tests.small_models import hold
+from tests.tvm_models import build, own
+
+pytestmark = pytest.mark.usefixtures("tvm")
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tvm() -> None:
-    pytest.importorskip("tvm", reason="TVM is not installed: pip install 'graphc[tvm]'")
-    if shutil.which("g++") is None and shutil.which("clang++") is None:
-        pytest.skip("no C++ compiler to link with")
 
 
 def quantized(
@@ -53,21 +46,9 @@ def quantized(
     sizes = ",".join(map(str, given))
     text = f"d = DequantizeLinear(x, t, o)\n f = DequantizeLinear<axis: int = {axis}>(q, s, z)\n {body}"
     model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 21]> g ({x}[{sizes}] x) => (float y) {{ {text} }}')
-    for name, array in held.items():
-        tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-        for node in model.graph:
-            for number, read in enumerate(node.inputs):
-                if read is not None and read.name == name:
-                    model.graph.initializers[name] = value
-                    node.replace_input_with(number, value)
+    read = {value.name for node in model.graph for value in node.inputs if value is not None}
+    hold(model, **{name: np.asarray(array) for name, array in held.items() if name in read})
     return model, {"x": rng.integers(np.iinfo(x).min, np.iinfo(x).max, given, x, endpoint=True)}
-
-
-def own(model: ir.Model) -> list[str]:
-    """The operators of graphc's own in the lowered model."""
-    ((_, _, simple),) = emit.lowered(model.clone(), ())
-    return [node.op_type for node in simple.graph if node.domain == OWN]
 
 
 CONV = "y = Conv<pads: ints = [1,1,1,1]>(d, f, b)"

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,7 +15,9 @@ from graphc import compiled, pipeline, runtime
 from graphc.errors import BadInput
 from graphc.model import load
 from graphc.shapes import fix
-from tests.test_backend_tvm import build, text, weight
+from tests.tvm_models import build, in_child, text, weight
+
+pytestmark = pytest.mark.usefixtures("tvm")
 
 DATA = Path(__file__).parent / "data"
 EXPORTS = sorted([*(DATA / "attention").glob("*.onnx"), *(DATA / "foreign").glob("*.onnx")])
@@ -54,37 +52,19 @@ MISSING = {
 """Models of which several operators are missing, and all that must be said."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def tvm() -> None:
-    pytest.importorskip("tvm", reason="TVM is not installed: pip install 'graphc[tvm]'")
-    if shutil.which("g++") is None and shutil.which("clang++") is None:
-        pytest.skip("no C++ compiler to link with")
-
-
 def outcome(make: Callable[[], ir.Model], folder: Path) -> str:
-    """What comes of a model, in a child that is forked: ``agrees``, or why not."""
-    folder.mkdir()
-    said = folder / "said.json"
-    child = os.fork()
-    if not child:
+    """What comes of a model, in another process: ``agrees``, or why not."""
+
+    def tried() -> str:
+        model = make()
+        shapes = [f"{name}={PICTURE.get(name, SIZE)}" for name in fix.symbols(model)]
         try:
-            model = make()
-            shapes = [f"{name}={PICTURE.get(name, SIZE)}" for name in fix.symbols(model)]
-            text = "agrees"
-            try:
-                verdict = compiled.compare(model, build(model.clone(), folder / "out", " ".join(shapes)))
-                text = "agrees" if verdict.checked and verdict.ok else f"wrong: {verdict.why}"
-            except BadInput as error:
-                text = f"refused: {error.what} {error.where} {error.why}"
-            said.write_text(json.dumps(text))
-        except BaseException as error:
-            said.write_text(json.dumps(f"raised: {error!r}"))
-        finally:
-            os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    found: str = json.loads(said.read_text()) if not code else f"crashed: {signal.Signals(-code).name}"
-    shutil.rmtree(folder)
-    return found
+            verdict = compiled.compare(model, build(model.clone(), folder / "out", " ".join(shapes)))
+        except BadInput as error:
+            return f"refused: {error.what} {error.where} {error.why}"
+        return "agrees" if verdict.checked and verdict.ok else f"wrong: {verdict.why}"
+
+    return in_child(tried, folder)
 
 
 def _fragment(name: str) -> ir.Model:

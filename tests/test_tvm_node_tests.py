@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import signal
-import sys
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import pytest
 
 from graphc import compiled, runtime
 from graphc.errors import BadInput
-from tests.test_backend_tvm import build
 from tests.test_onnx_backend_nodes import Arrays, models
+from tests.tvm_models import build, in_child
 
 STRIDE = 5
 """One case in so many is compiled; all take half an hour."""
@@ -77,33 +73,18 @@ def tried(model: ir.Model, given: Arrays, folder: Path) -> str:
     return "agrees" if verdict.ok else f"wrong: {verdict.why}"
 
 
-def in_child(model: ir.Model, given: Arrays, folder: Path) -> str:
-    """The same in a child that is forked, since an import for each case would take longer than all else."""
-    folder.mkdir()
-    said = folder / "said.json"
-    child = os.fork()
-    if not child:
-        try:
-            said.write_text(json.dumps(tried(model, given, folder / "out")))
-        except BaseException as error:
-            said.write_text(json.dumps(f"raised: {error!r}"))
-        finally:
-            os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    found: str = json.loads(said.read_text()) if not code else f"crashed: {signal.Signals(-code).name}"
-    shutil.rmtree(folder)
-    return found
+def isolated(model: ir.Model, given: Arrays, folder: Path) -> str:
+    """The same in another process."""
+    return in_child(lambda: tried(model, given, folder / "out"), folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("letters", ["ab", "c", "defghi", "lmn", "opqrs", "tuwx"])
-def test_each_agrees_or_is_refused_with_a_reason(letters: str, tmp_path: Path) -> None:
-    pytest.importorskip("tvm", reason="TVM is not installed: pip install 'graphc[tvm]'")
-    assert "tvm" in sys.modules
+def test_each_agrees_or_is_refused_with_a_reason(letters: str, tvm: Any, tmp_path: Path) -> None:
     outcomes = {}
     for letter in letters:
         for name, model, feeds, _ in list(models(letter))[::STRIDE]:
-            outcomes[name] = in_child(model, fixed(model, feeds), tmp_path / name)
+            outcomes[name] = isolated(model, fixed(model, feeds), tmp_path / name)
     bad = {
         name: said
         for name, said in outcomes.items()
@@ -115,9 +96,8 @@ def test_each_agrees_or_is_refused_with_a_reason(letters: str, tmp_path: Path) -
     assert sum(said == "agrees" for said in outcomes.values()) > len(outcomes) / 2
 
 
-def test_a_scalar_minimum_does_not_end_the_process(tmp_path: Path) -> None:
+def test_a_scalar_minimum_does_not_end_the_process(tvm: Any, tmp_path: Path) -> None:
     """What crashed: the layouts of stacked scalars, in the definition of DynamicQuantizeLinear."""
-    pytest.importorskip("tvm", reason="TVM is not installed: pip install 'graphc[tvm]'")
     found = {name: (model, feeds) for name, model, feeds, _ in models("c") if "dynamicquantizelinear" in name}
     model, feeds = found["test_dynamicquantizelinear_expanded"]
-    assert in_child(model, fixed(model, feeds), tmp_path / "case") == "agrees"
+    assert isolated(model, fixed(model, feeds), tmp_path / "case") == "agrees"

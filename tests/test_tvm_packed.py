@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,14 @@ import pytest
 from graphc import compiled, pipeline
 from graphc.recipe import parse_backend
 from graphc.tvm import emit
-from graphc.tvm.placing import OWN
-from tests.test_backend_tvm import build, weight
+from tests.small_models import hold
+from tests.tvm_models import build, own, weight
+
+pytestmark = pytest.mark.usefixtures("tvm")
 
 Array = np.ndarray[Any, np.dtype[Any]]
 SIGNED = {2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8}
 UNSIGNED = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tvm() -> None:
-    pytest.importorskip("tvm", reason="TVM is not installed: pip install 'graphc[tvm]'")
-    if shutil.which("g++") is None and shutil.which("clang++") is None:
-        pytest.skip("no C++ compiler to link with")
 
 
 def quantized(
@@ -62,22 +56,7 @@ def quantized(
     }
     if zeros:
         held["z"] = ir.Tensor(rng.integers(low, high, scale_shape).astype(dtype.numpy()), dtype=dtype, name="z")
-    for name, tensor in held.items():
-        value = ir.Value(
-            name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
-        )
-        model.graph.initializers[name] = value
-        for node in model.graph:
-            for i, read in enumerate(node.inputs):
-                if read is not None and read.name == name:
-                    node.replace_input_with(i, value)
-    return model
-
-
-def own(model: ir.Model) -> list[str]:
-    """The operators of graphc's own in the lowered model."""
-    ((_, _, simple),) = emit.lowered(model.clone(), ())
-    return [node.op_type for node in simple.graph if node.domain == OWN]
+    return hold(model, **held)
 
 
 CASES: dict[str, dict[str, Any]] = {

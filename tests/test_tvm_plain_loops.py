@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +10,11 @@ import pytest
 
 from graphc import compiled, pipeline
 from graphc.recipe import parse_backend
-from tests.test_backend_tvm import build, text
+from tests.tvm_models import build, text
+
+pytestmark = pytest.mark.usefixtures("tvm")
 
 HEAD = "(float[3,5] x, int64[2,5] i, float[2,5] u) => (float[3,5] y)"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tvm() -> None:
-    pytest.importorskip("tvm", reason="TVM is not installed: pip install 'graphc[tvm]'")
-    if shutil.which("g++") is None and shutil.which("clang++") is None:
-        pytest.skip("no C++ compiler to link with")
 
 
 def test_they_are_counted_by_operator_in_the_report(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,11 @@ import pytest
 from graphc import compiled, edit
 from graphc.errors import BadInput
 from graphc.tvm import emit
-from tests.test_backend_tvm import build
+from tests.tvm_models import build
+
+pytestmark = pytest.mark.usefixtures("tvm")
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tvm() -> None:
-    pytest.importorskip("tvm", reason="TVM is not installed: pip install 'graphc[tvm]'")
-    if shutil.which("g++") is None and shutil.which("clang++") is None:
-        pytest.skip("no C++ compiler to link with")
 
 
 def layer(

@@ -26,11 +26,6 @@ from graphc.recipe import parse_backend
 KEY = "bench"
 
 
-@pytest.fixture
-def tvm() -> Any:
-    return pytest.importorskip("tvm", reason="TVM is not installed: pip install 'graphc[tvm]'")
-
-
 def unused() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])

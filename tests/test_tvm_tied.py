@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +9,12 @@ import onnx_ir as ir
 import pytest
 
 from graphc import compiled
-from tests.test_backend_tvm import build, weight
+from tests.small_models import hold
+from tests.tvm_models import build, weight
+
+pytestmark = pytest.mark.usefixtures("tvm")
 
 ROWS, DEPTH = 93, 64
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tvm() -> None:
-    pytest.importorskip("tvm", reason="TVM is not installed: pip install 'graphc[tvm]'")
-    if shutil.which("g++") is None and shutil.which("clang++") is None:
-        pytest.skip("no C++ compiler to link with")
 
 
 def model(body: str, index: str) -> ir.Model:
@@ -28,14 +23,9 @@ def model(body: str, index: str) -> ir.Model:
     made = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 21]> g {head} {{ {body} }}')
     if index.endswith("[]"):
         made.graph.inputs[0].shape = ir.Shape(())
-    for seed, name in enumerate("tu"):
-        held = weight(name, ROWS, DEPTH, seed=seed)
-        readers = [(node, k) for node in made.graph for k, v in enumerate(node.inputs) if v is not None]
-        readers = [(node, k) for node, k in readers if (v := node.inputs[k]) is not None and v.name == name]
-        for node, k in readers:
-            made.graph.initializers[name] = held
-            node.replace_input_with(k, held)
-    return made
+    read = {value.name for node in made.graph for value in node.inputs if value is not None}
+    tables = {name: weight(name, ROWS, DEPTH, seed=seed).const_value for seed, name in enumerate("tu")}
+    return hold(made, **{name: held for name, held in tables.items() if name in read and held is not None})
 
 
 CASES = {
