@@ -13,7 +13,7 @@ import numpy as np
 from graphc.axes.groups import Group, Groups
 from graphc.contract import Context, Needs
 from graphc.edit import Array
-from graphc.pruning.consumers import Consumer, consumers, obstacle
+from graphc.pruning.consumers import Consumer, consumers, over
 from graphc.stats import Moments
 
 Share = Callable[[Array, Moments], Array]
@@ -29,14 +29,11 @@ def scored(share: Share) -> Callable[[Groups, Group, Context], Array | str]:
     """The criterion of a share."""
 
     def score(groups: Groups, group: Group, context: Context) -> Array | str:
-        found = consumers(group)
-        if not found:
-            return obstacle(group)
-        total: Array = np.zeros((*group.blocks, group.size))
-        for each in found:
+        def part(each: Consumer) -> Array:
             weight = each.matrices
-            total = total + each.units(groups, group, share(weight, moments(each, context, weight.shape)))
-        return total
+            return each.units(groups, group, share(weight, moments(each, context, weight.shape)))
+
+        return over(group, part)
 
     return score
 
@@ -82,11 +79,8 @@ def mean_absolute(weight: Array, found: Moments) -> Array:
 
 def flap(groups: Groups, group: Group, context: Context) -> Array | str:
     """FLAP as published: the fluctuation of each channel, squared for heads, z-scored over the layer, mean by unit."""
-    found = consumers(group)
-    if not found:
-        return obstacle(group)
-    total: Array = np.zeros((*group.blocks, group.size))
-    for each in found:
+
+    def part(each: Consumer) -> Array:
         weight = each.matrices
         metric = fluctuation(weight, moments(each, context, weight.shape)).sum(axis=1, keepdims=True)
         if group.kind == "head":
@@ -94,5 +88,6 @@ def flap(groups: Groups, group: Group, context: Context) -> Array | str:
         scaled = (metric - metric.mean()) / (metric.std() or 1.0)
         members = each.units(groups, group, np.full_like(weight, 1 / weight.shape[1]))
         spread = each.units(groups, group, np.broadcast_to(scaled / weight.shape[1], weight.shape))
-        total = total + spread / np.maximum(members, 1)
-    return total
+        return spread / np.maximum(members, 1)
+
+    return over(group, part)

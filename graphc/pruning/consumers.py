@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +58,12 @@ class Consumer:
 def consumers(group: Group) -> list[Consumer]:
     """The contractions along the axis of a group."""
     return [found for found in _all(group) if isinstance(found, Consumer)]
+
+
+def over(group: Group, part: Callable[[Consumer], Array]) -> Array | str:
+    """What ``part`` gives for the units of a group, ``(*blocks, size)``, summed over consumers; why not, if none is."""
+    found = consumers(group)
+    return sum(map(part, found), np.zeros((*group.blocks, group.size))) if found else obstacle(group)
 
 
 def obstacle(group: Group) -> str:

@@ -13,7 +13,8 @@ from graphc import edit
 from graphc.axes.groups import Group, Groups, Place
 from graphc.contract import Context, Needs
 from graphc.edit import Array
-from graphc.pruning.consumers import Consumer, consumers, obstacle
+from graphc.pruning.activations import moments
+from graphc.pruning.consumers import Consumer, consumers, over
 from graphc.stats import Gradients, GradientsOf
 
 Saliency = Callable[[Array, Gradients], Array]
@@ -80,19 +81,11 @@ def heapr_needs(groups: Groups, chosen: Sequence[Group]) -> Needs:
 
 def heapr(groups: Groups, group: Group, context: Context) -> Array | str:
     """``E[x_j^2] w_jT G w_j`` with the mean Gram matrix ``G`` of the gradient by the consumer's output (HEAPr)."""
-    found = consumers(group)
-    if not found:
-        return obstacle(group)
-    total: Array = np.zeros((*group.blocks, group.size))
-    for each in found:
-        total = total + each.units(groups, group, heapr_elements(each, context))
-    return total
+    return over(group, lambda each: each.units(groups, group, heapr_elements(each, context)))
 
 
 def heapr_elements(consumer: Consumer, context: Context) -> Array:
     """The share that each element of a consumer's matrices has in HEAPr's score, in their shape."""
-    from graphc.pruning.activations import moments
-
     weight = consumer.matrices
     seen = moments(consumer, context, weight.shape)
     gradient = context.statistics[consumer.contraction.output_gradients]

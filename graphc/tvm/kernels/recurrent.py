@@ -49,6 +49,62 @@ class Layer:
         return self.batch, self.hidden
 
 
+@dataclass(frozen=True)
+class Step:
+    """One step of a layer, as it is written.
+
+    Attributes:
+        layer: The layer.
+        machine: What it is for.
+        now: The number of the step.
+        before: The state that it begins with, by row and column.
+        given: What the inputs contribute, ``(steps, batch, gates * hidden)``.
+        weight: What states are multiplied with, ``(hidden, gates * hidden)``.
+        y: The states, ``(steps, batch, hidden)``, of which it writes one.
+        bias: Of a GRU: what is added within the reset, ``(hidden,)``.
+        cells: Of an LSTM: the cells, ``(batch, hidden)``, which it updates.
+        scratch: Of a GRU: update gates and reset states, ``(2, batch, hidden)``.
+    """
+
+    layer: Layer
+    machine: Machine
+    now: Any
+    before: Callable[[Any, Any], Any]
+    given: Any
+    weight: Any
+    y: Any
+    bias: Any
+    cells: Any
+    scratch: Any
+
+    def panels(self, gates: int, write: Callable[[Any, Any, int], None]) -> None:
+        """Call ``write(row, column, lanes)`` for every vector of a state."""
+        layer = self.layer
+        lanes = next(lanes for lanes in (self.machine.lanes, 8, 4, 2, 1) if layer.hidden % lanes == 0)
+        parallel = layer.batch * layer.hidden * layer.hidden * gates > PARALLEL
+        with loop(layer.batch * (layer.hidden // lanes), parallel=parallel) as panel:
+            count = layer.hidden // lanes
+            write(panel // count, panel % count * lanes, lanes)
+
+    def part(self, gate: int, row: Any, column: Any, lanes: int) -> Any:
+        """What the inputs contribute to a gate."""
+        return self.given[self.now, row, lanes_from(gate * self.layer.hidden + column, lanes)]
+
+    def products(self, factor: Callable[[Any], Any], column: Any, lanes: int, gates: tuple[int, ...]) -> list[Any]:
+        """The products of a state with the weights of some gates, a vector for each."""
+        from tvm.tirx.script.builder import ir as T
+
+        sums = registers(len(gates) * lanes)
+        for place in range(len(gates)):
+            T.buffer_store(sums, spread(T.float32(0), lanes), [lanes_from(place * lanes, lanes)])
+        with loop(self.layer.hidden) as k:
+            for place, gate in enumerate(gates):
+                at = lanes_from(place * lanes, lanes)
+                part = self.weight[k, lanes_from(gate * self.layer.hidden + column, lanes)]
+                T.buffer_store(sums, sums[at] + spread(factor(k), lanes) * part, [at])
+        return [sums[lanes_from(place * lanes, lanes)] for place in range(len(gates))]
+
+
 def steps(layer: Layer, machine: Machine) -> Any:
     """``y[steps, batch, hidden]``, and the last cells ``c[batch, hidden]`` of an LSTM.
 
@@ -72,15 +128,20 @@ def steps(layer: Layer, machine: Machine) -> Any:
         from tvm.tirx.script.builder import ir as T
 
         write = {"LSTM": _lstm, "GRU": _gru, "RNN": _rnn}[layer.kind]
-        y = rest[-2] if layer.kind == "LSTM" else rest[-1]
+        bias = cells = None
         if layer.kind == "LSTM":
+            start, y, cells = rest
             with loop(layer.batch) as row, loop(layer.hidden) as at:
-                T.buffer_store(rest[-1], rest[0][row, at], [row, at])
+                T.buffer_store(cells, start[row, at], [row, at])
+        elif layer.kind == "GRU":
+            bias, y = rest
+        else:
+            (y,) = rest
         scratch = T.alloc_buffer((2, *layer.state), "float32", layout=None) if layer.kind == "GRU" else None
         last = layer.steps - 1
 
         def step(now: Any, before: Callable[[Any, Any], Any]) -> None:
-            write(layer, machine, now, before, given, weight, y, scratch, rest)
+            write(Step(layer, machine, now, before, given, weight, y, bias, cells, scratch))
 
         step(T.int32(last if layer.backward else 0), lambda row, at: first[row, at])
         if last:
@@ -92,32 +153,6 @@ def steps(layer: Layer, machine: Machine) -> Any:
     return kernel(arguments, body)
 
 
-def _panels(layer: Layer, machine: Machine, gates: int, write: Callable[[Any, Any, int], None]) -> None:
-    """Call ``write(row, column, lanes)`` for every vector of a state."""
-    lanes = next(lanes for lanes in (machine.lanes, 8, 4, 2, 1) if layer.hidden % lanes == 0)
-    parallel = layer.batch * layer.hidden * layer.hidden * gates > PARALLEL
-    with loop(layer.batch * (layer.hidden // lanes), parallel=parallel) as panel:
-        count = layer.hidden // lanes
-        write(panel // count, panel % count * lanes, lanes)
-
-
-def _products(
-    layer: Layer, weight: Any, factor: Callable[[Any], Any], column: Any, lanes: int, gates: tuple[int, ...]
-) -> list[Any]:
-    """The products of a state with the weights of some gates, a vector for each."""
-    from tvm.tirx.script.builder import ir as T
-
-    sums = registers(len(gates) * lanes)
-    for place in range(len(gates)):
-        T.buffer_store(sums, spread(T.float32(0), lanes), [lanes_from(place * lanes, lanes)])
-    with loop(layer.hidden) as k:
-        for place, gate in enumerate(gates):
-            at = lanes_from(place * lanes, lanes)
-            part = weight[k, lanes_from(gate * layer.hidden + column, lanes)]
-            T.buffer_store(sums, sums[at] + spread(factor(k), lanes) * part, [at])
-    return [sums[lanes_from(place * lanes, lanes)] for place in range(len(gates))]
-
-
 def _kept(value: Any, lanes: int) -> Any:
     """A vector that is read several times, computed once."""
     from tvm.tirx.script.builder import ir as T
@@ -127,60 +162,35 @@ def _kept(value: Any, lanes: int) -> Any:
     return held[lanes_from(0, lanes)]
 
 
-def _lstm(
-    layer: Layer,
-    machine: Machine,
-    now: Any,
-    before: Callable[[Any, Any], Any],
-    given: Any,
-    weight: Any,
-    y: Any,
-    scratch: Any,
-    rest: Any,
-) -> None:
+def _lstm(step: Step) -> None:
     from tvm.tirx.script.builder import ir as T
 
-    cells = rest[-1]
+    cells = step.cells
 
     def write(row: Any, column: Any, lanes: int) -> None:
         at = lanes_from(column, lanes)
-        sums = _products(layer, weight, lambda k: before(row, k), column, lanes, (0, 1, 2, 3))
-        parts = [
-            part + given[now, row, lanes_from(gate * layer.hidden + column, lanes)] for gate, part in enumerate(sums)
-        ]
+        sums = step.products(lambda k: step.before(row, k), column, lanes, (0, 1, 2, 3))
+        parts = [part + step.part(gate, row, column, lanes) for gate, part in enumerate(sums)]
         let, out, keep = (sigmoid(part, lanes) for part in parts[:3])
         cell = _kept(keep * cells[row, at] + let * tanh(parts[3], lanes), lanes)
         T.buffer_store(cells, cell, [row, at])
-        T.buffer_store(y, out * tanh(cell, lanes), [now, row, at])
+        T.buffer_store(step.y, out * tanh(cell, lanes), [step.now, row, at])
 
-    _panels(layer, machine, layer.gates, write)
+    step.panels(step.layer.gates, write)
 
 
-def _gru(
-    layer: Layer,
-    machine: Machine,
-    now: Any,
-    before: Callable[[Any, Any], Any],
-    given: Any,
-    weight: Any,
-    y: Any,
-    scratch: Any,
-    rest: Any,
-) -> None:
+def _gru(step: Step) -> None:
     from tvm.tirx.script.builder import ir as T
 
-    bias, hidden = rest[0], layer.hidden
-
-    def part(gate: int, row: Any, column: Any, lanes: int) -> Any:
-        return given[now, row, lanes_from(gate * hidden + column, lanes)]
+    bias, scratch, part = step.bias, step.scratch, step.part
 
     def mixed(update: Any, new: Any, row: Any, column: Any, lanes: int) -> None:
         at = lanes_from(column, lanes)
         new = _kept(new, lanes)
-        T.buffer_store(y, new + update * (before(row, at) - new), [now, row, at])
+        T.buffer_store(step.y, new + update * (step.before(row, at) - new), [step.now, row, at])
 
     def late(row: Any, column: Any, lanes: int) -> None:
-        z, r, h = _products(layer, weight, lambda k: before(row, k), column, lanes, (0, 1, 2))
+        z, r, h = step.products(lambda k: step.before(row, k), column, lanes, (0, 1, 2))
         reset = sigmoid(r + part(1, row, column, lanes), lanes)
         inner = (h + bias[lanes_from(column, lanes)]) * reset
         update = sigmoid(z + part(0, row, column, lanes), lanes)
@@ -188,40 +198,30 @@ def _gru(
 
     def gates(row: Any, column: Any, lanes: int) -> None:
         at = lanes_from(column, lanes)
-        z, r = _products(layer, weight, lambda k: before(row, k), column, lanes, (0, 1))
+        z, r = step.products(lambda k: step.before(row, k), column, lanes, (0, 1))
         T.buffer_store(scratch, sigmoid(z + part(0, row, column, lanes), lanes), [0, row, at])
         reset = sigmoid(r + part(1, row, column, lanes), lanes)
-        T.buffer_store(scratch, reset * before(row, at), [1, row, at])
+        T.buffer_store(scratch, reset * step.before(row, at), [1, row, at])
 
     def early(row: Any, column: Any, lanes: int) -> None:
         at = lanes_from(column, lanes)
-        (h,) = _products(layer, weight, lambda k: scratch[1, row, k], column, lanes, (2,))
+        (h,) = step.products(lambda k: scratch[1, row, k], column, lanes, (2,))
         new = tanh(part(2, row, column, lanes) + h + bias[at], lanes)
         mixed(scratch[0, row, at], new, row, column, lanes)
 
-    if layer.late:
-        _panels(layer, machine, 3, late)
+    if step.layer.late:
+        step.panels(3, late)
     else:
-        _panels(layer, machine, 2, gates)
-        _panels(layer, machine, 1, early)
+        step.panels(2, gates)
+        step.panels(1, early)
 
 
-def _rnn(
-    layer: Layer,
-    machine: Machine,
-    now: Any,
-    before: Callable[[Any, Any], Any],
-    given: Any,
-    weight: Any,
-    y: Any,
-    scratch: Any,
-    rest: Any,
-) -> None:
+def _rnn(step: Step) -> None:
     from tvm.tirx.script.builder import ir as T
 
     def write(row: Any, column: Any, lanes: int) -> None:
         at = lanes_from(column, lanes)
-        (h,) = _products(layer, weight, lambda k: before(row, k), column, lanes, (0,))
-        T.buffer_store(y, tanh(h + given[now, row, at], lanes), [now, row, at])
+        (h,) = step.products(lambda k: step.before(row, k), column, lanes, (0,))
+        T.buffer_store(step.y, tanh(h + step.part(0, row, column, lanes), lanes), [step.now, row, at])
 
-    _panels(layer, machine, 1, write)
+    step.panels(1, write)
