@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 from graphc import edit
+from graphc.lowering import experts
 from graphc.passes.lower import Lower
 from graphc.passes.quantize import Quantize
 from graphc.passes.simplify import Simplify
@@ -153,6 +158,27 @@ def test_what_is_nearly_a_mixture_is_left(options: dict[str, object], reason: st
     after = model.clone()
     result = Lower(only=("moe",)).run(after, always(0.5))
     assert operators(after) == operators(model) and reasons(result) == [reason]
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_setting_that_is_wrong_where_memory_is_reused_is_not_taken(
+    residual: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime 1.31 gives 0 without normalisation where it writes the result to the memory of the tokens."""
+    really = experts.settings
+
+    def unnormalised(*sizes: Any) -> Iterator[tuple[experts.Setting, tuple[int, int]]]:
+        for setting, rows in really(*sizes):
+            attributes = {**setting.attributes, "normalize_routing_weights": 0}
+            yield dataclasses.replace(setting, attributes=attributes, shared=True), rows
+
+    monkeypatch.setattr(experts, "settings", unnormalised)
+    model = mixture(normalised=False, residual=residual)
+    after = model.clone()
+    result = Lower(only=("moe",)).run(after, always(0.5))
+    assert result.changed or reasons(result) == ["no setting of MoE computes the same"]
+    inputs = feeds(model)
+    np.testing.assert_allclose(run(after, inputs)["y"], run(model, inputs)["y"], rtol=0, atol=1e-4)
 
 
 def test_experts_that_compute_all_tokens_are_counted() -> None:
