@@ -180,7 +180,7 @@ Progress = Callable[[str, int, int], None]
 
 
 Timer = Callable[[Sequence["Probe"], Progress], Mapping[str, tuple[float, float]]]
-"""Gives the quartiles of the ratio after / before of the times of probes, by signature, without what does not run."""
+"""Gives bounds of the ratio after / before of the times of probes, by signature, without what does not run."""
 
 
 def no_progress(what: str, done: int, total: int) -> None:

@@ -28,8 +28,8 @@ _SECONDS = (0.05, 0.4)
 _CLEAR = (0.8, 1.1)
 """Ratios below and above which a first look is enough."""
 
-_STEADY = 1.25
-"""The ratio of the quartiles up to which a measurement is kept for other runs: others were disturbed."""
+_STEADY = 1.1
+"""The ratio of the bounds up to which a measurement is kept for other runs: others were disturbed."""
 
 _DIGITS = 3
 
@@ -73,7 +73,7 @@ class Table:
         waiting = [probe for probe in probes if known[probe.signature] is None]
         if self._pinned is None and waiting:
             for signature, (low, high) in self._timer(waiting, self._progress).items():
-                # The upper quartile: faster must mean faster most of the time.
+                # The upper bound: what counts as faster is so with some certainty, on a busy machine, too.
                 known[signature] = ratio = round(high, _DIGITS)
                 if self._store is not None and high <= _STEADY * low:
                     self._store.put(self._key(signature), partial(_keep, ratio=ratio))
@@ -99,11 +99,13 @@ class Table:
         from graphc import environment
 
         on = {"target": self._target} if self._target else {}
-        return key(kind="timing", signature=signature, machine=machine(), versions=environment.versions(), **on)
+        return key(
+            kind="timing by bounds", signature=signature, machine=machine(), versions=environment.versions(), **on
+        )
 
 
 def in_sessions(probes: Sequence[Probe], progress: Progress) -> dict[str, tuple[float, float]]:
-    """The quartiles of the ratio after / before in sessions of ONNX Runtime; what does not run is left out."""
+    """Bounds of the ratio after / before in sessions of ONNX Runtime; what does not run is left out."""
     from graphc import runtime
 
     found = {}
@@ -123,7 +125,7 @@ def in_sessions(probes: Sequence[Probe], progress: Progress) -> dict[str, tuple[
 
 @dataclass(frozen=True)
 class Ratio:
-    """The time of one form divided by that of another: quartiles, and the seconds that the other takes."""
+    """The time of one form divided by that of another: bounds of the median, and the seconds of the other."""
 
     low: float
     high: float
@@ -149,9 +151,10 @@ def ratio(before: Runnable, after: Runnable, inputs: Arrays) -> Ratio:
     for seconds in _SECONDS:
         timings = runtime.measure({"before": before, "after": after}, inputs, seconds=seconds, warmup=3)
         found = timings["after"]
-        if found.ratio_high < _CLEAR[0] or found.ratio_low > _CLEAR[1]:
+        low, high = found.ratio_bounds
+        if high < _CLEAR[0] or low > _CLEAR[1]:
             break
-    return Ratio(found.ratio_low, found.ratio_high, timings["before"].median)
+    return Ratio(low, high, timings["before"].median)
 
 
 def digest(used: Mapping[str, float]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -44,6 +45,16 @@ class Timing:
     ratio_high: float
     provider: str = ""
 
+    @property
+    def ratio_bounds(self) -> tuple[float, float]:
+        """What the median of the ratio is between, nine times in ten.
+
+        They lie ``1.57 (ratio_high - ratio_low) / sqrt(rounds)`` around it (McGill, Tukey and Larsen, Variations of box
+        plots, 1978), whatever the spread of single rounds.
+        """
+        half = 1.57 * (self.ratio_high - self.ratio_low) / math.sqrt(self.rounds)
+        return self.ratio - half, self.ratio + half
+
 
 def measure(
     runnables: Mapping[str, Runnable],
@@ -83,10 +94,11 @@ def measure(
             times[label].append(time.perf_counter() - begin)
         done += 1
     samples = {label: np.array(t) for label, t in times.items()}
-    return {label: _timing(array, samples[labels[0]], runnables[label].provider) for label, array in samples.items()}
+    return {label: summary(array, samples[labels[0]], runnables[label].provider) for label, array in samples.items()}
 
 
-def _timing(times: np.ndarray[Any, Any], base: np.ndarray[Any, Any], provider: str) -> Timing:
+def summary(times: np.ndarray[Any, Any], base: np.ndarray[Any, Any], provider: str = "") -> Timing:
+    """The timing of a runnable that took ``times`` in the rounds in which the first took ``base``, in seconds."""
     low, median, high = (float(q) for q in np.percentile(times, (25, 50, 75)))
     ratio_low, ratio, ratio_high = (float(q) for q in np.percentile(times / base, (25, 50, 75)))
     return Timing(median, low, high, len(times), ratio, ratio_low, ratio_high, provider)

@@ -20,7 +20,7 @@ from graphc.errors import BadInput, GraphcError
 def timer(
     probes: Sequence[Probe], progress: Progress, *, target: str, threads: int
 ) -> Mapping[str, tuple[float, float]]:
-    """The quartiles of the ratio after / before for each probe; what does not compile is left out.
+    """Bounds of the ratio after / before for each probe; what does not compile is left out.
 
     Args:
         probes: Models with static shapes.
