@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from graphc.environment import installed
+from graphc.environment import installed, to_install
 from graphc.errors import GraphcError
 
 PURPOSE = {
@@ -12,15 +12,15 @@ PURPOSE = {
     "onnx": "schemas and opset conversion",
     "onnx-ir": "the graph in memory",
     "numpy": "tensors",
-    "onnxruntime": "checks and measures; pip install 'graphc[cpu]'",
-    "onnxruntime-gpu": "the same with CUDA; pip install 'graphc[gpu]'",
-    "torch": "PyTorch models; pip install 'graphc[torch]'",
-    "onnxscript": "export of PyTorch models; pip install 'graphc[torch]'",
-    "transformers": "Hugging Face folders; pip install 'graphc[hf]'",
-    "apache-tvm": "TVM artifacts; pip install 'graphc[tvm]'",
-    "apache-tvm-ffi": "runs TVM artifacts; comes with graphc[tvm]",
+    "onnxruntime": "checks and measures [cpu]",
+    "onnxruntime-gpu": "the same with CUDA [gpu]",
+    "torch": "PyTorch models [torch]",
+    "onnxscript": "export of PyTorch models [torch]",
+    "transformers": "Hugging Face folders [hf]",
+    "apache-tvm": "TVM artifacts [tvm]",
+    "apache-tvm-ffi": "runs TVM artifacts [tvm]",
 }
-"""What each package is for, in the order shown."""
+"""What each package is for, in the order shown; in brackets, the extra of graphc that brings it."""
 
 
 def examine() -> dict[str, Any]:
@@ -49,6 +49,7 @@ def examine() -> dict[str, Any]:
     return {
         "schema": "graphc-doctor/1",
         "packages": packages,
+        "extras": to_install("EXTRA"),
         "providers": providers,
         "limits": limits,
         "advice": advice,

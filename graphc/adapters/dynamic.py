@@ -21,6 +21,7 @@ from graphc.adapters.places import Placed, Wish, place
 from graphc.adapters.sites import Use, uses
 from graphc.adapters.targets import Target
 from graphc.edit import Array, attribute
+from graphc.environment import to_install
 from graphc.errors import BadInput
 from graphc.rewrites.base import Rewriter
 
@@ -66,7 +67,7 @@ def write(parameters: dict[str, Array], path: Path) -> None:
         adapter = ort.AdapterFormat()
     except (ImportError, AttributeError):
         raise BadInput(
-            "only ONNX Runtime 1.20 and later write adapters", hint="install graphc[cpu], or fold the adapter"
+            "only ONNX Runtime 1.20 and later write adapters", hint=f"{to_install('cpu')}, or fold the adapter"
         ) from None
     adapter.set_adapter_version(VERSION)
     adapter.set_model_version(VERSION)

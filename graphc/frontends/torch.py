@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphc.contract import PassResult
+from graphc.environment import to_install
 from graphc.errors import BadInput, CheckFailed
 from graphc.export.dims import AUTO, BATCH, Axes, Dynamic
 from graphc.frontends import Source
@@ -258,7 +259,7 @@ def _require() -> None:
 
     missing = [name for name in ("torch", "onnxscript") if find_spec(name) is None]
     if missing:
-        raise BadInput(f"{' and '.join(missing)} must be installed for this", hint="pip install 'graphc[torch]'")
+        raise BadInput(f"{' and '.join(missing)} must be installed for this", hint=to_install("torch"))
 
 
 def _module_of(program: ExportedProgram) -> torch.nn.Module:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from graphc.environment import to_install
 from graphc.errors import BadInput
 
 if TYPE_CHECKING:
@@ -73,4 +74,4 @@ def _require() -> None:
     try:
         import torch  # noqa: F401
     except ImportError as error:
-        raise BadInput("torch is not installed", why=str(error), hint="pip install 'graphc[torch]'") from None
+        raise BadInput("torch is not installed", why=str(error), hint=to_install("torch")) from None

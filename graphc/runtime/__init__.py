@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from graphc import environment
 from graphc.contract import Arrays, Capabilities, Runnable
 from graphc.errors import BadInput, nearest
 from graphc.runtime.binding import InPlace
@@ -47,7 +48,6 @@ BIG = 128 << 20
 """Bytes of constants from which a model is not serialised in memory but mapped."""
 
 _WHEELS = ("onnxruntime", "onnxruntime-gpu")
-_REPAIR = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'graphc[cpu]' (or 'graphc[gpu]')"
 
 
 @cache
@@ -62,6 +62,10 @@ def installed() -> Mapping[str, str]:
     return found
 
 
+def _repair() -> str:
+    return f"pip uninstall -y onnxruntime onnxruntime-gpu && {environment.to_install('cpu')} (or [gpu] for CUDA)"
+
+
 @cache
 def require() -> None:
     """Make sure that ONNX Runtime can be used.
@@ -74,7 +78,7 @@ def require() -> None:
         raise BadInput(
             "both onnxruntime and onnxruntime-gpu are installed",
             why="they share one folder, so that the last one installed has overwritten the other",
-            hint=_REPAIR,
+            hint=_repair(),
         )
     try:
         import onnxruntime
@@ -82,13 +86,13 @@ def require() -> None:
         raise BadInput(
             "ONNX Runtime cannot be imported" if wheels else "ONNX Runtime is not installed",
             why=str(error),
-            hint="pip install 'graphc[cpu]' (or 'graphc[gpu]' for CUDA)",
+            hint=f"{environment.to_install('cpu')} (or [gpu] for CUDA)",
         ) from None
     if not hasattr(onnxruntime, "InferenceSession"):
         raise BadInput(
             "the installation of ONNX Runtime is broken",
             why="its folder is what is left of a wheel that was removed",
-            hint=_REPAIR,
+            hint=_repair(),
         )
 
 

@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from graphc.environment import to_install
 from graphc.errors import BadInput
 from graphc.tvm import install
 
@@ -85,7 +86,7 @@ def prepare(archs: tuple[str, ...]) -> None:
     compiler = nvcc()
     library = install.library(RUNTIME)
     if library is None:
-        raise BadInput("the installed TVM has no CUDA", why=f"{RUNTIME} is missing", hint=install.REPAIR)
+        raise BadInput("the installed TVM has no CUDA", why=f"{RUNTIME} is missing", hint=to_install("tvm"))
     if not driver():
         _stand_in(library)
     try:

@@ -8,7 +8,7 @@ import shutil
 from functools import cache
 from pathlib import Path
 
-from graphc.environment import installed
+from graphc.environment import installed, to_install
 from graphc.errors import BadInput
 
 VERSION = "0.27"
@@ -16,8 +16,6 @@ VERSION = "0.27"
 
 FFI = "0.1.14"
 """The release of ``apache-tvm-ffi``: with 0.1.15, TVM 0.27 crashes when it saves what tuning found."""
-
-REPAIR = "pip install 'graphc[tvm]'"
 
 
 @cache
@@ -32,7 +30,7 @@ def require() -> None:
         import tvm  # noqa: F401
         from tvm import relax  # noqa: F401
     except (ImportError, OSError, AttributeError) as error:
-        raise BadInput("TVM cannot be imported", why=str(error), hint=REPAIR) from None
+        raise BadInput("TVM cannot be imported", why=str(error), hint=to_install("tvm")) from None
     compiler()
 
 
@@ -44,16 +42,16 @@ def versions() -> None:
     """
     tvm, ffi = installed("apache-tvm"), installed("apache-tvm-ffi")
     if not tvm:
-        raise BadInput("TVM is not installed", hint=REPAIR)
+        raise BadInput("TVM is not installed", hint=to_install("tvm"))
     if not tvm.startswith(f"{VERSION}."):
-        raise BadInput(f"TVM {tvm} is not supported", why=f"graphc needs apache-tvm {VERSION}", hint=REPAIR)
+        raise BadInput(f"TVM {tvm} is not supported", why=f"graphc needs apache-tvm {VERSION}", hint=to_install("tvm"))
     if not ffi.startswith(f"{FFI}."):
         raise BadInput(
             f"apache-tvm-ffi {ffi or 'is missing, which'} does not go with TVM {tvm}".replace(
                 ", which does", " and does"
             ),
             why=f"TVM {VERSION} needs {FFI}; with later ones it crashes while it saves tuning results",
-            hint=REPAIR,
+            hint=to_install("tvm"),
         )
 
 

@@ -284,6 +284,7 @@ def show_doctor(found: Document) -> None:
     for row in found["packages"]:
         table.add_row(row["name"], row["version"] or "[yellow]missing[/]", escape(row["purpose"]))
     console.print(table)
+    console.print(f"what stands in brackets: {escape(found['extras'])}")
     if found["providers"]:
         table = _table("execution provider", "runs here", title="\nONNX Runtime")
         for row in found["providers"]:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from graphc.environment import to_install
 from graphc.errors import BadInput, nearest
 from graphc.storage.files import is_artifact
 
@@ -122,9 +123,7 @@ def require() -> None:
     """
     missing = [name for name in ("torch", "transformers", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
-        raise BadInput(
-            f"{' and '.join(missing)} must be installed to read Hugging Face models", hint="pip install 'graphc[hf]'"
-        )
+        raise BadInput(f"{' and '.join(missing)} must be installed to read Hugging Face models", hint=to_install("hf"))
 
 
 def open_folder(path: Path) -> Folder:
