@@ -7,7 +7,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from graphc import edit
-from graphc.lowering import cached, experts, packed_experts, weights
+from graphc.lowering import cached, decoded, experts, packed_experts, weights
 from graphc.lowering.site import Site
 from graphc.recognition.gates import gated
 from graphc.recognition.graph import Graph
@@ -114,8 +114,9 @@ FORMS: dict[str, tuple[tuple[str, ...], Callable[[ir.Node, Graph], Site | None]]
     "sum-norm": (("LayerNormalization",), _sum_norm),
     "joint-product": (("MatMul",), weights.joint),
     "unpacked-product": (("MatMul",), weights.unpacked),
+    "decoded-weight": (("DequantizeLinear",), decoded.find),
 }
 """By name: the standard operators at which a form is tried, and what finds it."""
 
-STANDARD = frozenset(("sum-norm", "joint-product", "unpacked-product"))
+STANDARD = frozenset(("sum-norm", "joint-product", "unpacked-product", "decoded-weight"))
 """Forms that write standard operators alone."""

@@ -33,6 +33,7 @@ class Site:
         steps: The operators that take their place, where they are several; ``operator`` is then the main one.
         common: The inputs that many such places share. What depends on nothing else is computed once for all of them,
             and timed so.
+        known: Whether it is known to be faster, and not timed.
     """
 
     form: str
@@ -46,6 +47,7 @@ class Site:
     typical: tuple[int, ...] = ()
     steps: tuple[Step, ...] = ()
     common: tuple[ir.Value, ...] = ()
+    known: bool = False
 
 
 def write(site: Site, graph: Graph) -> None:
