@@ -289,7 +289,9 @@ def test_an_expert_that_nobody_chose_has_no_part() -> None:
     model = loop.model()
     router = next(v for v in model.graph.initializers.values() if list(v.shape) == [6, 3])
     router.const_value = ir.tensor(numbers(6, 3, seed=3) * np.float32([1, 1, 0]) - np.float32([0, 0, 9]))
-    spoilt = next(v for v in model.graph.initializers.values() if np.array_equal(v.const_value.numpy(), numbers(6, 5, seed=30)))  # fmt: skip  # noqa: E501
+    spoilt = next(
+        v for v in model.graph.initializers.values() if np.array_equal(v.const_value.numpy(), numbers(6, 5, seed=30))
+    )
     spoilt.const_value = ir.tensor(np.full((6, 5), np.nan, np.float32))
     after = model.clone()
     assert ONLY.run(after, CONTEXT).changed

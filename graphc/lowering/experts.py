@@ -18,8 +18,8 @@ from graphc.lowering.site import DOMAIN, Site
 from graphc.lowering.steps import Step, between, constant, ints
 from graphc.lowering.timed import models
 from graphc.recognition import experts
-from graphc.recognition.experts import Mixture
 from graphc.recognition.graph import Graph
+from graphc.recognition.mixture import Mixture, constant_of
 from graphc.rewrites.base import Refused
 from graphc.rewrites.base import dims as sizes_of
 from graphc.shapes.symbolic import Expr, symbol
@@ -44,7 +44,7 @@ def find(node: ir.Node, graph: Graph) -> Site | None:
     found = experts.find(node, graph)
     if found is None:
         return None
-    held = [t for t in map(experts.constant_of, (found.first, found.second)) if t is not None]
+    held = [t for t in map(constant_of, (found.first, found.second)) if t is not None]
     if len(held) < 2 or {found.tokens.dtype, *(t.dtype for t in held)} != {ir.DataType.FLOAT}:
         raise Refused("MoE computes in float32, with constant weights")
     if sum(edit.nbytes(t) for t in held) > _LARGEST:

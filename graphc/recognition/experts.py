@@ -7,49 +7,19 @@ applied one by one, to the tokens that chose them, are shown to be such (``loops
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import onnx_ir as ir
 
 from graphc import edit
 from graphc.moves import REPEATS, VIEWS
-from graphc.recognition import loops, stacked
+from graphc.recognition import looped, loops, stacked
 from graphc.recognition.graph import Graph
-from graphc.recognition.loops import Loop
+from graphc.recognition.mixture import Mixture
 from graphc.rewrites.base import Refused, Rewriter, Rule
 from graphc.shapes.symbolic import product
 
 _VIEWS = (*VIEWS, *REPEATS)
 _LONGEST = 64
 """Nodes of a region at most."""
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """One mixture of experts.
-
-    Attributes:
-        nodes: From the router's Softmax to the sum, in the order of the graph.
-        tokens: ``(tokens, width)``, or with several axes in the place of the first.
-        logits: ``(tokens, experts)``.
-        chosen: How many experts each token has.
-        first, second: Stacks of weights, by expert: of the product that reads tokens, and of the last one.
-        output: ``(tokens, width)``.
-        biases: Of both products, ``(experts, size)``.
-        base: What the sum is added to.
-        looped: Whether experts are applied one by one; stacks and biases are then constants in no graph.
-    """
-
-    nodes: tuple[ir.Node, ...]
-    tokens: ir.Value
-    logits: ir.Value
-    chosen: int
-    first: ir.Value
-    second: ir.Value
-    output: ir.Value
-    biases: tuple[ir.Value | None, ir.Value | None] = (None, None)
-    base: ir.Value | None = None
-    looped: bool = False
 
 
 def is_router(node: ir.Node, graph: Graph) -> bool:
@@ -82,7 +52,7 @@ def find(node: ir.Node, graph: Graph) -> Mixture | None:
         raise Refused("the router's logits are no matrix of tokens and experts")
     stacks = _picked(node, dims[1])
     if not stacks:
-        return _looped(loops.find(node, dims[1], graph), node, logits, graph)
+        return looped.mixture(loops.find(node, dims[1], graph), node, logits, graph)
     if len(stacks) != 2:
         raise Refused(f"the experts have {len(stacks)} stacks of weights, not two")
     end = _end(node, dims, graph)
@@ -97,104 +67,12 @@ def find(node: ir.Node, graph: Graph) -> Mixture | None:
     )
 
 
-def constant_of(value: ir.Value) -> ir.TensorProtocol | None:
-    """The constant that a stack is, be it in the graph or not."""
-    return value.const_value if value.graph is None and value.producer() is None else edit.tensor(value)
-
-
 def weight_of(value: ir.Value | None) -> ir.TensorProtocol | None:
     """The constant that a value is, or the codes that it is dequantized from; None of others."""
     node = value.producer() if value is not None else None
     if node is not None and edit.is_op(node, "DequantizeLinear"):
         return edit.tensor(node.inputs[0])
     return edit.tensor(value)
-
-
-def _looped(loop: Loop, router: ir.Node, logits: ir.Value, graph: Graph) -> Mixture:
-    """A loop over experts as a mixture: two products each, the first of them joined."""
-    products = [found for node in loop.nodes if (found := stacked.product(node, loop)) is not None]
-    first = [found for found in products if found.node.inputs[0] is loop.rows]
-    if not first or len(products) != len(first) + 1 or products[-1] in first:
-        raise Refused("the experts are not two products each")
-    weights = stacked.beside([found.weights for found in first]), products[-1].weights
-    made = []
-    for name, stack in zip(("first", "second"), weights, strict=True):
-        label = f"{products[0 if name == 'first' else -1].node.inputs[1].name}.{name}"  # type: ignore[union-attr]
-        made.append(_outside(label, stack.tensor(label, swapped=True), graph))
-    biases = _bias(first, loop, graph), _bias(products[-1:], loop, graph)
-    end = loop.output.producer()
-    assert end is not None
-    # Tokens that are added to what the experts make of them are read under one name.
-    base = (
-        loop.tokens if loop.base is not None and loops.root(loop.base, loop.width, graph) is loop.tokens else loop.base
-    )
-    inside = _before(end, router, {loop.tokens, logits, *([base] if base is not None else [])})
-    order = tuple(each for each in edit.nodes(graph.model) if each in inside)
-    slots = (graph.dims(loop.indices) or ())[1]
-    assert isinstance(slots, int)
-    return Mixture(order, loop.tokens, logits, slots, made[0], made[1], loop.output, biases, base, True)
-
-
-def _bias(products: list[stacked.Product], loop: Loop, graph: Graph) -> ir.Value | None:
-    """What is added to products side by side, ``(experts, size)``; None for nothing."""
-    found = []
-    for each in products:
-        bias = each.bias
-        readers = _readers(each.node.outputs[0])
-        if bias is None and len(readers) == 1 and edit.is_op(readers[0], "Add") and readers[0] in loop.nodes:
-            held = [stacked.stack(v, loop) for v in readers[0].inputs if v is not each.node.outputs[0]]
-            bias = held[0] if held else None
-        found.append(bias)
-    if any(bias is None for bias in found):
-        return None
-    joined = stacked.beside([bias for bias in found if bias is not None])
-    name = f"{products[0].node.outputs[0].name}.bias"
-    experts, _, size = joined.shape
-    held_whole = joined.tensor(name)
-
-    def compute() -> ir.TensorProtocol:
-        return ir.tensor(held_whole.numpy().reshape(experts, size), name=name)
-
-    lazy = ir.LazyTensor(compute, dtype=held_whole.dtype, shape=ir.Shape([experts, size]), name=name, cache=False)
-    return _outside(name, lazy, graph)
-
-
-def _outside(name: str, held: ir.TensorProtocol, graph: Graph) -> ir.Value:
-    """A constant in no graph, of which the graph knows the shape."""
-    shape = tuple(int(size) for size in held.shape.numpy())
-    value = ir.Value(name=name, type=ir.TensorType(held.dtype), shape=ir.Shape(shape), const_value=held)
-    return graph.note(value, value, shape)
-
-
-_SHAPED = (*_VIEWS, "ConstantOfShape", "Shape", "Slice", "Gather", "Concat", "Cast", "Mul", "Add", "Range")
-"""What zeros and the sizes that something is expanded to are made of."""
-
-
-def _before(end: ir.Node, router: ir.Node, known: set[ir.Value]) -> set[ir.Node]:
-    """All that a sum is made of, up to what is known and to values of which only the shape matters."""
-    after: set[ir.Node] = {router}
-    source = {loops.chosen_from(router)}
-    for node in loops.after(router):
-        if any(value is not None and value.producer() in after for value in node.inputs):
-            after.add(node)
-        if node is end:
-            break
-    found, queue = {end}, [end]
-    while queue:
-        node = queue.pop()
-        for value in node.inputs:
-            if value is None or value in known or edit.tensor(value) is not None:
-                continue
-            producer = value.producer()
-            inside = producer is not None and (producer in after or producer in source or producer.op_type in _SHAPED)
-            if producer is None or not inside:
-                if edit.is_op(node, "Shape"):
-                    continue
-                raise Refused("the experts read something besides tokens and router")
-            if producer not in found:
-                found.add(producer)
-                queue.append(producer)
-    return found
 
 
 def _readers(value: ir.Value) -> list[ir.Node]:

@@ -221,7 +221,9 @@ class _Written:
         for node in loop.nodes:
             self._write(node)
         size = self.size
-        result = self._make("Reshape", [self.made[loop.result], self._ints(-1, self.slots, size)], (self.tokens, self.slots, size))  # fmt: skip  # noqa: E501
+        result = self._make(
+            "Reshape", [self.made[loop.result], self._ints(-1, self.slots, size)], (self.tokens, self.slots, size)
+        )
         weights = graph.make(
             end, "Unsqueeze", [loop.weights, self._ints(2)], like=loop.weights, shape=(self.tokens, self.slots, 1)
         )
@@ -230,7 +232,14 @@ class _Written:
         if loop.base is None:
             graph.supersede(end, "ReduceSum", [weighted, self._ints(1)], {"keepdims": 0})
         else:
-            total = graph.make(end, "ReduceSum", [weighted, self._ints(1)], {"keepdims": 0}, like=loop.result, shape=(self.tokens, size))  # fmt: skip  # noqa: E501
+            total = graph.make(
+                end,
+                "ReduceSum",
+                [weighted, self._ints(1)],
+                {"keepdims": 0},
+                like=loop.result,
+                shape=(self.tokens, size),
+            )
             graph.supersede(end, "Add", [loop.base, total], None)
         graph.sweep(old)
 
@@ -240,7 +249,9 @@ class _Written:
         name = self.first[0].node.inputs[1].name if self.first[0].node.inputs[1] is not None else None
         whole = self._product(self.made[self.loop.rows], joined, name or "experts")
         sizes = self._ints(*(p.weights.shape[2] for p in self.first))
-        parts = ir.node("Split", [whole, sizes], {"axis": -1}, num_outputs=len(self.first), name=self.graph.fresh("graphc.split"))  # fmt: skip  # noqa: E501
+        parts = ir.node(
+            "Split", [whole, sizes], {"axis": -1}, num_outputs=len(self.first), name=self.graph.fresh("graphc.split")
+        )
         self.end.prepend(parts)
         for part, each in zip(parts.outputs, self.first, strict=True):
             part.name = self.graph.fresh(f"{each.node.outputs[0].name}.part")

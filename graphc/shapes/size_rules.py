@@ -268,7 +268,12 @@ def _reduce(node: ir.Node, inputs: Facts_, facts: Facts) -> Facts_ | None:
         return [Fact(x.dtype, x.shape)]
     axes = axes or tuple(range(len(x.shape)))
     fact = Fact(x.dtype, _reduced(x.shape, axes, bool(attribute(node, "keepdims", 1))))
-    combine = {"ReduceProd": symbolic.mul, "ReduceSum": symbolic.add, "ReduceMax": symbolic.maximum, "ReduceMin": symbolic.minimum}  # fmt: skip  # noqa: E501
+    combine = {
+        "ReduceProd": symbolic.mul,
+        "ReduceSum": symbolic.add,
+        "ReduceMax": symbolic.maximum,
+        "ReduceMin": symbolic.minimum,
+    }
     if x.items and len(x.shape) == 1 and node.op_type in combine and None not in x.items:
         total: Any = x.items[0]
         for item in x.items[1:]:
