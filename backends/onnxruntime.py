@@ -59,8 +59,8 @@ class OnnxRuntime(Backend):
 
     def _emitted(self, model: ir.Model) -> ir.Model:
         """What is written of a model."""
+        from graphc.opset.portable import portable
         from graphc.runtime import integers
-        from graphc.storage.portable import portable
 
         made = portable(model, self.capabilities())
         if integers.session_options(made):

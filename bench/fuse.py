@@ -134,6 +134,7 @@ def attentions(path: Path) -> int:
 def measure(name: str, seconds: float, peers: str) -> dict[str, Any]:
     """Every variant of one model."""
     from graphc import runtime
+    from graphc.memory import peak_memory
 
     original = cache.model(name)
     load = round(os.getloadavg()[0], 1)
@@ -171,7 +172,7 @@ def measure(name: str, seconds: float, peers: str) -> dict[str, Any]:
                     "difference": worst,
                 }
                 if number == 0:
-                    memory = runtime.peak_memory(made[label], inputs)
+                    memory = peak_memory(made[label], inputs)
                     row |= {"blocks": blocks(made[label]), "peak_mb": round((memory.peak - memory.base) / 1e6, 1)}
                 results.append(row)
     return {

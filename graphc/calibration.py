@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from graphc.collection import Collector
 from graphc.contract import Arrays
 from graphc.settings import Settings
-from graphc.stats import Collector, Request, Statistics
+from graphc.stats import Request, Statistics
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -71,5 +72,5 @@ class Calibration:
         return self.collector.labels
 
     def collect(self, model: ir.Model, requests: Iterable[Request[Any]]) -> Statistics:
-        """See :meth:`graphc.stats.Collector.collect`."""
+        """See :meth:`graphc.collection.Collector.collect`."""
         return self.collector.collect(model, requests)

@@ -133,7 +133,7 @@ def _hash(given: Origin | None, samples: Samples | None) -> Any:
         return None
     if isinstance(given, Spec) and Path(given.path).exists():
         return [repr(given), [cache.file_hash(path) for path in given.files()]]
-    from graphc.stats.hashing import data_hash
+    from graphc.collection.hashing import data_hash
 
     return data_hash(samples, ({"labels": labels} for labels in samples.labels))
 

@@ -13,6 +13,7 @@ from graphc import runtime
 from graphc.checking import inputs
 from graphc.contract import Arrays, Runnable, no_progress
 from graphc.errors import BadInput
+from graphc.memory import peak_memory
 from graphc.model import save
 from graphc.runtime import timing
 
@@ -148,8 +149,8 @@ def bench(
         times = timing.measure(runnables, fed, seconds=seconds)
         for i, (label, path) in enumerate(zip(labels, files, strict=True)):
             progress("measuring memory", i, len(models))
-            memory = timing.peak_memory(path, fed[label], provider=provider, threads=threads)
-            measured = {"memory": memory.peak, "anonymous": memory.anonymous}
+            used = peak_memory(path, fed[label], provider=provider, threads=threads)
+            measured = {"memory": used.peak, "anonymous": used.anonymous}
             rows.append({"model": str(paths[i]), **asdict(times[label]), **measured})
     return {
         "schema": "graphc-bench/1",

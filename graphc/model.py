@@ -10,18 +10,18 @@ import hashlib
 import io
 import mmap
 import re
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-import numpy as np
 import onnx_ir as ir
 
 from graphc import edit
 from graphc.errors import BadInput
 from graphc.storage import files, wire
+from graphc.storage.tensors import constants, digest, write_checked
 
 if TYPE_CHECKING:
     import onnx
@@ -31,8 +31,6 @@ INLINE_LIMIT = 3 << 29
 
 _EXTERNAL_FROM = 1024
 """Bytes from which a constant goes to the data file when there is one."""
-
-_CHUNK = 1 << 24
 
 
 def load(path: Path) -> ir.Model:
@@ -79,109 +77,6 @@ class _Region:
 
     def __init__(self, offset: int, length: int) -> None:
         self.offset, self.length = offset, length
-
-
-class _Sink:
-    """A file that hashes and counts what is written to it."""
-
-    def __init__(self, file: BinaryIO | None = None) -> None:
-        self.file, self.hash, self.length = file, hashlib.sha256(), 0
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        for start in range(0, len(view), _CHUNK):
-            part = view[start : start + _CHUNK]
-            self.hash.update(part)
-            if self.file is not None:
-                self.file.write(part)
-        self.length += len(view)
-        return len(view)
-
-
-def write_tensor(tensor: ir.TensorProtocol, file: Any) -> None:
-    """Write a tensor's elements as ONNX's ``raw_data`` has them, in pieces where they are on disk.
-
-    Args:
-        tensor: Any tensor but one of strings.
-        file: Whatever has ``write``.
-
-    Raises:
-        BadInput: The tensor is on disk and cannot be read.
-    """
-    if isinstance(tensor, ir.ExternalTensor):
-        _copy(tensor, file)
-    elif tensor.dtype.bitwidth >= 8:
-        for part in _pieces(tensor.numpy()):
-            file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
-    else:
-        file.write(tensor.tobytes())
-
-
-def _pieces(array: np.ndarray[Any, np.dtype[Any]]) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
-    """Parts of an array in row-major order; a view of scattered elements in parts of about ``_CHUNK`` bytes."""
-    if array.flags.c_contiguous or array.nbytes <= _CHUNK:
-        yield array
-        return
-    rows = max(len(array) * _CHUNK // array.nbytes, 1)
-    for start in range(0, len(array), rows):
-        yield from (
-            _pieces(array[start : start + rows]) if rows == 1 and array.ndim > 1 else (array[start : start + rows],)
-        )
-
-
-def _copy(tensor: ir.ExternalTensor, file: Any) -> None:
-    left = tensor.nbytes
-    try:
-        with Path(tensor.path).open("rb") as source:
-            source.seek(tensor.offset or 0)
-            while left and (chunk := source.read(min(left, _CHUNK))):
-                left -= len(chunk)
-                file.write(chunk)
-    except FileNotFoundError:
-        left = max(left, 1)
-    if left:
-        raise BadInput(
-            "cannot read the weights",
-            where=f"{tensor.path}, tensor '{tensor.name}'",
-            why="the file was removed or shortened while it was in use",
-        )
-
-
-_digests: weakref.WeakKeyDictionary[ir.TensorProtocol, str] = weakref.WeakKeyDictionary()
-"""Hashes of tensors, which are immutable."""
-
-
-def digest(tensor: ir.TensorProtocol) -> str:
-    """The SHA-256 of a tensor's elements, in hexadecimal; it is computed once."""
-    known = _digests.get(tensor)
-    if known is None:
-        if tensor.dtype == ir.DataType.STRING:
-            sink = _Sink()
-            for item in np.asarray(tensor.numpy()).reshape(-1).tolist():
-                encoded = item if isinstance(item, bytes) else str(item).encode()
-                sink.write(f"{len(encoded)}:".encode() + encoded)
-        else:
-            sink = _Sink()
-            write_tensor(tensor, sink)
-        known = _digests[tensor] = sink.hash.hexdigest()
-    return known
-
-
-def constants(model: ir.Model) -> Iterator[ir.TensorProtocol]:
-    """Every tensor of a model: initializers, and attributes of nodes, subgraphs and functions included."""
-    for graph in edit.graphs(model):
-        for value in graph.initializers.values():
-            if value.const_value is not None:
-                yield value.const_value
-        for node in graph:
-            for attr in node.attributes.values():
-                if attr.is_ref():
-                    continue
-                # Attr.as_tensor() checks a protocol, which computes all properties of the tensor.
-                if attr.type == ir.AttributeType.TENSOR:
-                    yield attr.value
-                elif attr.type == ir.AttributeType.TENSORS:
-                    yield from attr.value
 
 
 def nbytes(model: ir.Model) -> int:
@@ -355,13 +250,10 @@ def _write_data(models: Sequence[ir.Model], file: BinaryIO) -> tuple[dict[int, _
         alignment = mmap.PAGESIZE if tensor.nbytes >= 1 << 20 else 64
         offset = -(-end // alignment) * alignment
         file.seek(offset)
-        sink = _Sink(file)
-        write_tensor(tensor, sink)
-        _check_length(tensor, sink.length)
-        key = (_digests.setdefault(tensor, sink.hash.hexdigest()), sink.length)
+        key = write_checked(tensor, file)
         if key not in known:
-            known[key] = _Region(offset, sink.length)
-            end = offset + sink.length
+            known[key] = _Region(offset, key[1])
+            end = offset + key[1]
             checksum.update(f"{offset} {key}".encode())
         regions[id(tensor)] = known[key]
     file.truncate(end)
@@ -377,7 +269,7 @@ def _write_inline(model: ir.Model, file: BinaryIO, regions: dict[int, _Region], 
         if region is not None:
             return _elsewhere(tensor, location, region)
         mark = str(len(inline))
-        inline[mark] = wire.Inline(tensor.nbytes, lambda out: _write_checked(tensor, out))
+        inline[mark] = wire.Inline(tensor.nbytes, partial(write_checked, tensor))
         return _elsewhere(tensor, f"{wire.MARK}{mark};")
 
     stripped = ir.to_proto(_with_tensors(model, place)).SerializeToString(deterministic=True)
@@ -389,18 +281,6 @@ def _write_inline(model: ir.Model, file: BinaryIO, regions: dict[int, _Region], 
             file.write(piece)
         else:
             piece.write(file)
-
-
-def _write_checked(tensor: ir.TensorProtocol, file: BinaryIO) -> None:
-    sink = _Sink(file)
-    write_tensor(tensor, sink)
-    _check_length(tensor, sink.length)
-    _digests.setdefault(tensor, sink.hash.hexdigest())
-
-
-def _check_length(tensor: ir.TensorProtocol, length: int) -> None:
-    if length != tensor.nbytes:
-        raise ValueError(f"tensor '{tensor.name}' has {length} bytes, its shape and dtype say {tensor.nbytes}")
 
 
 def remove_stale(path: Path, keep: set[Path]) -> None:

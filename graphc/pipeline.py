@@ -233,7 +233,7 @@ def run(
 
 def _apart(sources: Sequence[Source], reports: Sequence[Report]) -> list[str]:
     """A warning where lossy passes made something else of a weight in one graph than in another."""
-    from graphc.model import digest
+    from graphc.storage.tensors import digest
 
     held: dict[str, list[tuple[Any, Any]]] = {}
     for source, report in zip(sources, reports, strict=True):

@@ -254,7 +254,7 @@ def _key(
     import torch
 
     from graphc.cache import code_hash, key
-    from graphc.stats.hashing import data_hash, value_hashes
+    from graphc.collection.hashing import data_hash, value_hashes
 
     hashes = [value_hashes(each, each.graph.outputs) for each in (model, original)]
     return key(

@@ -11,11 +11,11 @@ import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
 from graphc import runtime
+from graphc.collection import Collector
 from graphc.contract import Capabilities, Context, PassResult
 from graphc.depth.silence import Silencing
 from graphc.depth.structure import find
 from graphc.passes.drop_blocks import DropBlocks
-from graphc.stats import Collector
 
 CONTEXT = Context(Capabilities("portable", 10, {"": 21}))
 

@@ -9,10 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from graphc import runtime
+from graphc.collection import Collector
 from graphc.contract import Capabilities, Context, PassResult
+from graphc.opset.portable import portable
 from graphc.passes.quantize import Quantize
-from graphc.stats import Collector
-from graphc.storage.portable import portable
 from tests.small_models import hold
 
 CONTEXT = Context(Capabilities("portable", 13, {"": 26}))

@@ -19,8 +19,8 @@ from graphc.backends.onnxruntime import OnnxRuntime
 from graphc.contract import Capabilities
 from graphc.errors import BadInput
 from graphc.frontends import load
+from graphc.opset.portable import portable
 from graphc.recipe import parse_backend
-from graphc.storage.portable import portable
 
 DATA = Path(__file__).parent / "data"
 OLD = Capabilities("onnxruntime", max_ir=10, max_opset={"": 21, "ai.onnx.ml": 5})

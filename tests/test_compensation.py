@@ -16,6 +16,7 @@ from onnx import numpy_helper
 
 from graphc import runtime, shapes
 from graphc.axes.groups import analyse
+from graphc.collection import Collector
 from graphc.contract import Capabilities, Context
 from graphc.passes.prune import Prune
 from graphc.passes.shrink import Shrink
@@ -23,7 +24,7 @@ from graphc.pipeline import optimize
 from graphc.pruning import compensation
 from graphc.pruning.compensation import Seen
 from graphc.recipe import Recipe
-from graphc.stats import Collector, Gram
+from graphc.stats import Gram
 
 DATA = Path(__file__).parent / "data"
 HEAD = '<ir_version: 10, opset_import: ["" : 21]>'

@@ -9,10 +9,11 @@ import onnx_ir as ir
 import pytest
 
 from graphc.axes.groups import analyse
+from graphc.collection import Collector
 from graphc.contract import Context
 from graphc.pruning import curvature
 from graphc.pruning.curvature import Problem
-from graphc.stats import Collector, Statistics
+from graphc.stats import Statistics
 from tests.test_compensation import MODELS, TARGET, parse
 
 Array = np.ndarray[Any, np.dtype[Any]]

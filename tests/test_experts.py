@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from graphc import runtime
 from graphc.axes.groups import analyse
 from graphc.checking import Checker
+from graphc.collection import Collector
 from graphc.contract import Capabilities, Context, Pass, PassResult
 from graphc.model import parameters
 from graphc.passes.prune import Prune
@@ -21,7 +22,6 @@ from graphc.passes.shrink import Shrink
 from graphc.passes.sort_experts import SortExperts
 from graphc.pruning import experts
 from graphc.recipe import Recipe
-from graphc.stats import Collector
 
 CONTEXT = Context(Capabilities("portable", 10, {"": 21}))
 DATA = Path(__file__).parent / "data"

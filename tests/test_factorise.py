@@ -14,12 +14,12 @@ from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from graphc import runtime
 from graphc.cli import main
+from graphc.collection import Collector
 from graphc.contract import Capabilities, Context, PassResult
 from graphc.errors import BadInput
 from graphc.factorisation.ranks import by_energy, even, uniform
 from graphc.factorisation.spectrum import spectrum
 from graphc.passes.factorise import Factorise
-from graphc.stats import Collector
 
 CONTEXT = Context(Capabilities("portable", 10, {"": 21}))
 DATA = Path(__file__).parent / "data"

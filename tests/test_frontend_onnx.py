@@ -13,6 +13,7 @@ import pytest
 from graphc import model as models
 from graphc.frontends import load
 from graphc.frontends.onnx import locate
+from graphc.storage.tensors import constants
 
 DATA = Path(__file__).parent / "data"
 LIGHT = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
@@ -31,8 +32,8 @@ def test_real_models(name) -> None:
     names = [[v.name for v in (*m.graph.inputs, *m.graph.outputs)] for m in (loaded.original, loaded.model)]
     assert names[0] == names[1]
     assert models.nbytes(loaded.model) - models.nbytes(loaded.original) < 1000
-    shared = {id(t) for t in models.constants(loaded.original)}
-    weights = [t for t in models.constants(loaded.model) if t.nbytes > 1000]
+    shared = {id(t) for t in constants(loaded.original)}
+    weights = [t for t in constants(loaded.model) if t.nbytes > 1000]
     assert all(id(t) in shared for t in weights)
 
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from graphc import runtime
 from graphc.checking import inputs
-from graphc.checking.dims import evaluate, symbols_in
 from graphc.checking.inputs import Case, generate
 from graphc.checking.roles import role
 from graphc.checking.widths import fixed
 from graphc.contract import Arrays
 from graphc.errors import BadInput
+from graphc.shapes.expressions import evaluate, symbols_in
 
 DATA = Path(__file__).parent / "data"
 HEAD = '<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>'

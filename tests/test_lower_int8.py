@@ -18,9 +18,9 @@ from graphc import pipeline, runtime
 from graphc.contract import Context, PassResult, Probe
 from graphc.lowering.packed import pack
 from graphc.model import load
+from graphc.opset.portable import portable
 from graphc.passes.lower_int8 import LowerInt8
 from graphc.passes.quantize import Quantize
-from graphc.storage.portable import portable
 from tests.quantized_models import CONTEXT, DATA, build, normal, reasons
 from tests.small_models import operators
 

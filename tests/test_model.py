@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from graphc import model as models
 from graphc.errors import BadInput
 from graphc.storage import container, wire
+from graphc.storage.tensors import constants
 
 DATA = Path(__file__).parent / "data"
 REAL = ["fmnist_resnet.onnx", "fmnist_vit_tiny.onnx", "tiny_mixtral_bytes.onnx"]
@@ -127,7 +128,7 @@ def test_equal_tensors_share_a_region_and_regions_are_aligned(tmp_path) -> None:
     assert data.stat().st_size == 4 * 300_000
     assert models.nbytes(models.load(path)) == 3 * 4 * 300_000
     [path, data] = models.save(dense(300_001, copies=3), tmp_path / "m.onnx", inline_limit=0)
-    offsets = [t.offset for t in models.constants(models.load(path))]
+    offsets = [t.offset for t in constants(models.load(path))]
     assert [offset % 4096 for offset in offsets] == [0, 0, 0]
 
 
@@ -372,7 +373,7 @@ def test_weights_are_never_in_memory(tmp_path, monkeypatch, inline_limit) -> Non
     try:
         [path, *_] = models.save(ir.Model(graph, ir_version=10), tmp_path / "a.onnx", inline_limit=inline_limit)
         loaded = models.load(path)
-        assert all(isinstance(t, ir.ExternalTensor) for t in models.constants(loaded))
+        assert all(isinstance(t, ir.ExternalTensor) for t in constants(loaded))
         models.save(loaded, tmp_path / "b.onnx", inline_limit=inline_limit)
         models.content_hash(models.load(tmp_path / "b.onnx"))
     finally:
@@ -389,7 +390,7 @@ def test_many_large_tensors_may_be_open_at_once(tmp_path) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, limit[1]), limit[1]))
     try:
         [path, _] = models.save(dense(2000, copies=600), tmp_path / "m.onnx", inline_limit=0)
-        arrays = [t.numpy() for t in models.constants(models.load(path))]
+        arrays = [t.numpy() for t in constants(models.load(path))]
         assert len(arrays) == 600
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)

@@ -13,9 +13,9 @@ import pytest
 from graphc import pipeline
 from graphc.errors import BadInput
 from graphc.model import save
+from graphc.opset.portable import portable
 from graphc.passes.quantize import Quantize
 from graphc.passes.shrink import Shrink
-from graphc.storage.portable import portable
 from tests.quantized_models import (
     CONTEXT,
     DATA,

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from graphc import cache_codes, caches, checking, cli, frontends, pipeline, runtime
 from graphc.backends.onnxruntime import OnnxRuntime
 from graphc.checking.interface import as_came, fitting
+from graphc.collection import Collector
 from graphc.contract import Context, PassResult
 from graphc.errors import BadInput
 from graphc.model import save
@@ -25,7 +26,6 @@ from graphc.passes.lower import Lower
 from graphc.passes.quantize_cache import QuantizeCache
 from graphc.passes.simplify import Simplify
 from graphc.recipe import Recipe
-from graphc.stats import Collector
 from tests import test_recognise_cache, test_run_script
 from tests.fragments.foreign_export import FOLDER
 from tests.recognised_models import CONTEXT, always

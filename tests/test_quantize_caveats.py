@@ -16,8 +16,8 @@ from graphc.cli import main
 from graphc.contract import Capabilities, Probe
 from graphc.gate import Judge
 from graphc.model import save
+from graphc.opset.portable import portable
 from graphc.passes.quantize import Quantize
-from graphc.storage.portable import portable
 from tests.quantized_models import CONTEXT, build, mlp, normal, quantized
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from graphc import contraction
+from graphc.collection import Collector
 from graphc.errors import BadInput
-from graphc.stats import Collector, GuidedGramOf
+from graphc.stats import GuidedGramOf
 from tests.quantized_models import build, context, held, normal, quantized, run
 
 pytest.importorskip("torch")

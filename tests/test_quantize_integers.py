@@ -12,10 +12,10 @@ import pytest
 from graphc import pipeline, runtime
 from graphc.backends.onnxruntime import OnnxRuntime
 from graphc.model import save
+from graphc.opset.portable import portable
 from graphc.quantization import activations
 from graphc.stats.base import Valid
 from graphc.stats.range import RangeOf
-from graphc.storage.portable import portable
 from tests.quantized_models import (
     CONTEXT,
     DATA,

@@ -16,6 +16,7 @@ import pytest
 from graphc import edit, runtime
 from graphc.contract import Runnable
 from graphc.errors import BadInput
+from graphc.memory import peak_memory
 from graphc.runtime import mapping
 
 pytest.importorskip("onnxruntime")
@@ -189,8 +190,8 @@ class TestBigModels:
         path = tmp_path / "model.onnx"
         onnx.save(ir.to_proto(model), path)
         x = {"x": np.ones((1, 4096), np.float32)}
-        mapped = runtime.peak_memory(path, x, optimise=False, frugal=True)
-        copied = runtime.peak_memory(path, x, optimise=False, frugal=False)
+        mapped = peak_memory(path, x, optimise=False, frugal=True)
+        copied = peak_memory(path, x, optimise=False, frugal=False)
         assert mapped.anonymous < copied.anonymous - size * 4 * 0.9
         assert mapped.peak > mapped.base > 0
 

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from graphc import runtime
 from graphc.cli import main
+from graphc.collection import Collector
 from graphc.contract import Capabilities, Context, PassResult
 from graphc.errors import BadInput
 from graphc.passes.sparsify import Sparsify
@@ -22,7 +23,6 @@ from graphc.sparsity.curve import Curve, shared_threshold
 from graphc.sparsity.pattern import Pattern, erk, lowest_gone, n_of_m, outliers
 from graphc.sparsity.ratios import BUCKETS, knapsack
 from graphc.sparsity.sweep import Masked, Saliency, no_worse, sweep
-from graphc.stats import Collector
 
 CONTEXT = Context(Capabilities("portable", 10, {"": 21}))
 DATA = Path(__file__).parent / "data"

@@ -18,11 +18,12 @@ from onnx import numpy_helper
 
 from graphc import contraction, stats
 from graphc.cache import Store
+from graphc.collection import Collector
+from graphc.collection.hashing import value_hashes
 from graphc.contract import Arrays, Context, Effect, Needs, Pass, PassResult
 from graphc.errors import BadInput
 from graphc.pipeline import optimize
-from graphc.stats import Collector, Rows, Valid, Window
-from graphc.stats.hashing import value_hashes
+from graphc.stats import Rows, Valid, Window
 from graphc.stats.range import BINS
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21]>'

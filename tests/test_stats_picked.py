@@ -12,9 +12,9 @@ import pytest
 from onnx import numpy_helper
 
 from graphc import contraction, edit, runtime, shapes
+from graphc.collection import Collector, with_outputs
+from graphc.collection.picked import by_expert
 from graphc.frontends import load
-from graphc.stats import Collector, with_outputs
-from graphc.stats.picked import by_expert
 
 MIXTRAL = Path(__file__).parent / "data" / "tiny_mixtral_bytes.onnx"
 
@@ -125,7 +125,7 @@ def test_statistics_of_a_mixture_are_the_same(monkeypatch: pytest.MonkeyPatch) -
     requests = [c.moments for c in each]
     samples = [{"input_ids": np.random.default_rng(0).integers(0, 256, (2, 24))}]
     found = Collector(samples).collect(model, requests)
-    monkeypatch.setattr("graphc.stats.picked.by_expert", lambda model: 0)
+    monkeypatch.setattr("graphc.collection.picked.by_expert", lambda model: 0)
     wanted = Collector(samples).collect(model, requests)
     for request in requests:
         np.testing.assert_array_equal(found[request].count, wanted[request].count)

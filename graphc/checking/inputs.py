@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graphc.checking.dims import Sizes, Symbols, evaluate
+from graphc.checking.dims import Symbols
 from graphc.checking.roles import Role, role
 from graphc.checking.widths import fixed
 from graphc.contract import Arrays
 from graphc.errors import BadInput
+from graphc.shapes.expressions import Sizes, evaluate
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

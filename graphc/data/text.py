@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graphc.checking.dims import Sizes, evaluate, symbols_in
 from graphc.checking.inputs import Input, described
 from graphc.contract import Arrays
 from graphc.data.arrays import BATCH
 from graphc.data.samples import Samples
 from graphc.data.spec import Spec
 from graphc.errors import BadInput
+from graphc.shapes.expressions import Sizes, evaluate, symbols_in
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -212,7 +212,7 @@ def _next(a: Unit, b: Unit) -> bool:
 def alike(a: ir.Model, b: ir.Model, name: str, ctx: Context) -> float:
     """Mean cosine between a value of one model and that of the same name in another, each sample flat."""
     from graphc import runtime
-    from graphc.stats import with_outputs
+    from graphc.collection import with_outputs
 
     sessions = []
     for model in (a, b):

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphc.collection.collector import padding_mask
+from graphc.collection.loss import labelled
 from graphc.contract import Arrays
 from graphc.edit import Array
 from graphc.errors import BadInput
 from graphc.healing.points import Kind
-from graphc.stats.collector import padding_mask
-from graphc.stats.loss import labelled
 
 Tensors = Mapping[str, Tensor]
 

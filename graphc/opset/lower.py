@@ -93,7 +93,7 @@ def _allowed(schema: onnx.defs.OpSchema) -> set[tuple[str, str]]:
 
 def dtypes(model: ir.Model) -> frozenset[ir.DataType] | None:
     """All dtypes in a model; None if an operator of another domain may make ones that are not known."""
-    from graphc.model import constants
+    from graphc.storage.tensors import constants
 
     found = {tensor.dtype for tensor in constants(model)}
     for graph in edit.graphs(model):

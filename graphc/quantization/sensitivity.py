@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphc import cache, edit
+from graphc.collection.hashing import data_hash, value_hashes
 from graphc.contract import Arrays, Context
 from graphc.edit import Array
 from graphc.errors import BadInput
@@ -19,7 +20,6 @@ from graphc.quantization.grid import Grid
 from graphc.quantization.rounding import nearest
 from graphc.quantization.sites import Site
 from graphc.stats import GuidedGramOf
-from graphc.stats.hashing import data_hash, value_hashes
 
 SAMPLES = 4
 """Calibration samples that losses are measured on."""

@@ -100,7 +100,7 @@ def _probe(
 
 
 def _calibrated(ctx: Context, sample: dict[str, edit.Array]) -> Context:
-    from graphc.stats import Collector
+    from graphc.collection import Collector
 
     return dataclasses.replace(ctx, collect=Collector([sample], []).collect, calibration=[sample], time=None)
 

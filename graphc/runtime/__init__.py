@@ -22,13 +22,12 @@ from graphc.errors import BadInput, nearest
 from graphc.runtime.binding import InPlace
 from graphc.runtime.complaints import CannotRun, explain
 from graphc.runtime.mapping import constants_nbytes, mapped, serialised
-from graphc.runtime.timing import Memory, Timing, measure, peak_memory
+from graphc.runtime.timing import Timing, measure
 
 __all__ = [
     "BIG",
     "CPU",
     "CannotRun",
-    "Memory",
     "Session",
     "Timing",
     "capabilities",
@@ -36,7 +35,6 @@ __all__ = [
     "handle",
     "installed",
     "measure",
-    "peak_memory",
     "require",
     "session",
     "settings",

@@ -195,7 +195,7 @@ def _lendable(tensor: ir.TensorProtocol) -> bool:
 
 
 def _write(tensor: ir.TensorProtocol, file: Any) -> None:
-    from graphc.model import write_tensor
+    from graphc.storage.tensors import write_tensor
 
     write_tensor(tensor, file)
     edit.release(tensor)

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import onnx_ir as ir
 
 from graphc import edit
-from graphc.checking.dims import evaluate, symbols_in
 from graphc.errors import BadInput, nearest
+from graphc.shapes.expressions import evaluate, symbols_in
 
 Sizes = Mapping[str, int]
 """A size for every symbol of a model's inputs."""

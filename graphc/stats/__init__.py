@@ -5,7 +5,6 @@ it may ask for more with ``Context.collect``.
 """
 
 from graphc.stats.base import Request, Statistic, Statistics, Valid
-from graphc.stats.collector import Collector, padding_mask, with_outputs
 from graphc.stats.counts import Counts, CountsOf
 from graphc.stats.gradients import GradientGramOf, Gradients, GradientsOf, GuidedGramOf
 from graphc.stats.gram import Cross, CrossOf, Gram, GramOf
@@ -16,7 +15,6 @@ from graphc.stats.rows import Rows, Window
 from graphc.stats.similarity import Similarity, SimilarityOf
 
 __all__ = [
-    "Collector",
     "Counts",
     "CountsOf",
     "Cross",
@@ -41,6 +39,4 @@ __all__ = [
     "Statistics",
     "Valid",
     "Window",
-    "padding_mask",
-    "with_outputs",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graphc.model import digest
+from graphc.storage.tensors import digest
 
 _SHOWN = 16
 """Elements up to which a constant is printed in full."""

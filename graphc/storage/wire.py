@@ -154,7 +154,7 @@ class Inline:
     """
 
     nbytes: int
-    write: Callable[[BinaryIO], None]
+    write: Callable[[BinaryIO], object]
 
 
 MARK = "graphc-inline:"

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from graphc import edit
 from graphc.contract import Progress
 from graphc.errors import BadInput
-from graphc.model import write_tensor
+from graphc.storage.tensors import write_tensor
 from graphc.tvm.importer import WEIGHT
 from graphc.tvm.tune import Budget, blame
 

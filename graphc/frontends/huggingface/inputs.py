@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from graphc.checking.dims import evaluate
 from graphc.errors import BadInput
+from graphc.shapes.expressions import evaluate
 
 if TYPE_CHECKING:
     import torch

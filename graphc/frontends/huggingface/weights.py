@@ -194,7 +194,7 @@ def _untie(model: Any, tensors: dict[str, ir.TensorProtocol]) -> None:
     """Give a parameter its own tensor where the config ties it to another but both are stored and differ."""
     import torch
 
-    from graphc.model import digest
+    from graphc.storage.tensors import digest
 
     for target, source in getattr(model, "all_tied_weights_keys", {}).items():
         if target not in tensors or source not in tensors:

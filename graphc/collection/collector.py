@@ -25,13 +25,13 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from graphc import caches
 from graphc.cache import Store, key
+from graphc.collection.hashing import data_hash, value_hashes
 from graphc.contract import Arrays, no_progress
 from graphc.errors import BadInput, nearest
 from graphc.stats.base import Array, Request, Statistic, Statistics, Valid
-from graphc.stats.hashing import data_hash, value_hashes
 
 if TYPE_CHECKING:
-    from graphc.stats.loss import Loss
+    from graphc.collection.loss import Loss
 
 MEMORY = 2 << 30
 """Bytes of statistics that are collected in one sweep."""
@@ -177,7 +177,7 @@ class Collector:
 
     def _backward(self, model: ir.Model, requests: Sequence[Request[Any]]) -> Callable[[int], dict[str, Array]]:
         """A function that runs a sample forward and back: gradients by values, and values that are asked for."""
-        from graphc.stats.loss import Loss
+        from graphc.collection.loss import Loss
 
         given = dict.fromkeys(name for request in requests for name in request.given())
         wanted = dict.fromkeys(n for request in requests for n in request.values() if n not in request.given())
@@ -196,7 +196,7 @@ def with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
 
     Experts are not copied for each token that picks them.
     """
-    from graphc.stats import picked
+    from graphc.collection import picked
 
     copy = model.clone()
     graph = copy.graph

@@ -82,7 +82,7 @@ def _drop_unused_imports(model: ir.Model) -> None:
 
 
 def _ir_version(model: ir.Model) -> int:
-    from graphc.model import constants
+    from graphc.storage.tensors import constants
 
     known = dtypes(model) or {tensor.dtype for tensor in constants(model)}
     return max([_IR_VERSION, *(_IR_OF_DTYPE.get(dtype, 0) for dtype in known)])
