@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -12,8 +13,31 @@ from hypothesis import strategies as st
 from graphc import runtime
 from tests.test_simplify import check, feeds_of, read, run
 
+T = TypeVar("T")
+
 UNARY = ("Relu", "Exp", "Neg", "Identity", "Abs")
 BINARY = ("Add", "Mul", "Sub", "Max")
+PLAIN = ("unary", "binary", "transpose")
+
+
+def plain(draw: st.DrawFn, kind: str, source: str, shapes: Mapping[str, tuple[T, ...]]) -> tuple[str, tuple[T, ...]]:
+    """A random operator of a kind that computes or transposes, as text, and the shape of what it gives."""
+    shape = shapes[source]
+    if kind == "unary":
+        return f"{draw(st.sampled_from(UNARY))}({source})", shape
+    if kind == "binary":
+        other = draw(st.sampled_from(sorted(k for k, s in shapes.items() if s == shape)))
+        return f"{draw(st.sampled_from(BINARY))}({source}, {other})", shape
+    perm = draw(st.permutations(range(len(shape))))
+    return f"Transpose<perm={list(perm)}>({source})", tuple(shape[p] for p in perm)
+
+
+def given_out(draw: st.DrawFn, lines: list[str], shapes: Mapping[str, Sequence[object]]) -> str:
+    """Let one to three random values be outputs; returns how they are declared."""
+    outputs = draw(st.lists(st.sampled_from(sorted(shapes)), min_size=1, max_size=3, unique=True))
+    lines += [f"out_{name} = Identity({name})" for name in outputs]
+    dims = {name: ",".join(f"{name}_{i}" for i in range(len(shapes[name]))) for name in outputs}
+    return ", ".join(f"float[{dims[name]}] out_{name}" for name in outputs)
 
 
 @st.composite
@@ -27,15 +51,9 @@ def random_models(draw: st.DrawFn) -> ir.Model:
         name, source = f"v{i}", draw(st.sampled_from(sorted(shapes)))
         shape = shapes[source]
         kind = draw(st.sampled_from(("unary", "binary", "transpose", "reshape", "flatten", "slice", "sizes")))
-        if kind == "unary":
-            lines.append(f"{name} = {draw(st.sampled_from(UNARY))}({source})")
-        elif kind == "binary":
-            other = draw(st.sampled_from(sorted(k for k, s in shapes.items() if s == shape)))
-            lines.append(f"{name} = {draw(st.sampled_from(BINARY))}({source}, {other})")
-        elif kind == "transpose":
-            perm = draw(st.permutations(range(len(shape))))
-            shape = tuple(shape[p] for p in perm)
-            lines.append(f"{name} = Transpose<perm={list(perm)}>({source})")
+        if kind in PLAIN:
+            line, shape = plain(draw, kind, source, shapes)
+            lines.append(f"{name} = {line}")
         elif kind == "flatten":
             axis = draw(st.integers(0, len(shape)))
             shape = (int(np.prod(shape[:axis])), int(np.prod(shape[axis:])))
@@ -61,10 +79,7 @@ def random_models(draw: st.DrawFn) -> ir.Model:
         else:
             lines.append(f"{name}_s = Shape({source})  {name} = Reshape({source}, {name}_s)")
         shapes[name] = shape
-    outputs = draw(st.lists(st.sampled_from(sorted(shapes)), min_size=1, max_size=3, unique=True))
-    lines += [f"out_{name} = Identity({name})" for name in outputs]
-    dims = {name: ",".join(f"{name}_{i}" for i in range(len(shapes[name]))) for name in outputs}
-    results = ", ".join(f"float[{dims[name]}] out_{name}" for name in outputs)
+    results = given_out(draw, lines, shapes)
     values = ", ".join(f"int64[{len(v)}] {k} = {{{','.join(map(str, v))}}}" for k, v in constants.items())
     model = read(f"g (float[B,2,3,4] x, float[B,2,3,4] z) => ({results}) <{values}> {{ {'  '.join(lines)} }}")
     model.graph.meta["batch"] = n
@@ -101,15 +116,9 @@ def dynamic_models(draw: st.DrawFn) -> ir.Model:
         kinds = ["unary", "binary", "transpose", "expand", "fill"] + (["merge"] * 2 if len(shape) > 1 else [])
         splittable = [axis for axis, (number, _) in enumerate(shape) if number % 2 == 0]
         kind = draw(st.sampled_from([*kinds, *(["split"] * 2 if splittable and len(shape) < 6 else [])]))
-        if kind == "unary":
-            lines.append(f"{name} = {draw(st.sampled_from(UNARY))}({source})")
-        elif kind == "binary":
-            other = draw(st.sampled_from(sorted(k for k, s in shapes.items() if s == shape)))
-            lines.append(f"{name} = {draw(st.sampled_from(BINARY))}({source}, {other})")
-        elif kind == "transpose":
-            perm = draw(st.permutations(range(len(shape))))
-            shape = tuple(shape[p] for p in perm)
-            lines.append(f"{name} = Transpose<perm={list(perm)}>({source})")
+        if kind in PLAIN:
+            line, shape = plain(draw, kind, source, shapes)
+            lines.append(f"{name} = {line}")
         elif kind == "expand":
             lines.append(f"{name}_s = Shape({source})  {name} = Expand({source}, {name}_s)")
         elif kind == "fill":
@@ -146,10 +155,7 @@ def dynamic_models(draw: st.DrawFn) -> ir.Model:
                 parts[draw(st.integers(0, len(parts) - 1))] = "km"
             lines.append(f"{name}_t = Concat<axis=0>({', '.join(parts)})  {name} = Reshape({source}, {name}_t)")
         shapes[name] = shape
-    outputs = draw(st.lists(st.sampled_from(sorted(shapes)), min_size=1, max_size=3, unique=True))
-    lines += [f"out_{name} = Identity({name})" for name in outputs]
-    dims = {name: ",".join(f"{name}_{i}" for i in range(len(shapes[name]))) for name in outputs}
-    results = ", ".join(f"float[{dims[name]}] out_{name}" for name in outputs)
+    results = given_out(draw, lines, shapes)
     scalars = {name for name in constants if name[0] == "i"}
     values = ", ".join(f"int64{'' if k in scalars else '[1]'} {k} = {{{v}}}" for k, v in constants.items())
     return read(f"g (float[B,6,S,4] x, float[B,6,S,4] z) => ({results}) <{values}> {{ {'  '.join(lines)} }}")

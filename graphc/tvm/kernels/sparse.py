@@ -73,31 +73,54 @@ def product(rows: int, tiles: Tiles, machine: Machine) -> Any:
 
         # Rows outside: a band's tiles stay in the cache for all of them, and few rows still keep all threads busy.
         with loop(bands, parallel=rows * tiles.count * tiles.high * tiles.deep > SERIAL) as band:
-            first, last = starts[band], starts[band + 1]
+            mine = Band(tiles, x, places, values, y, band, starts[band], starts[band + 1])
             if rows // height:
                 with loop(rows // height) as part:
-                    write(x, places, values, y, tiles, part * height, height, band, first, last)
+                    write(mine, part * height, height)
             if rows % height:
                 left = tirx.const(rows - rows % height, "int32")
-                write(x, places, values, y, tiles, left, rows % height, band, first, last)
+                write(mine, left, rows % height)
         del T
 
     return kernel(arguments, body)
 
 
-def _tall(
-    x: Any, places: Any, values: Any, y: Any, tiles: Tiles, row: Any, count: int, band: Any, first: Any, last: Any
-) -> None:
+@dataclass(frozen=True)
+class Band:
+    """The tiles of one band of outputs, while the loops over them are written.
+
+    Attributes:
+        tiles: Their sizes.
+        x: What they are multiplied with, ``(rows, depth)``.
+        places: Where each tile begins along the depth.
+        values: Their numbers.
+        y: The result, ``(rows, outputs)``.
+        number: Which band it is.
+        first, last: Its tiles, the last one excluded.
+    """
+
+    tiles: Tiles
+    x: Any
+    places: Any
+    values: Any
+    y: Any
+    number: Any
+    first: Any
+    last: Any
+
+
+def _tall(band: Band, row: Any, count: int) -> None:
     from tvm.tirx.script.builder import ir as T
 
+    tiles, x, values = band.tiles, band.x, band.values
     lanes, vectors = tiles.lanes, tiles.high // tiles.lanes
     sums = registers(count * tiles.high)
     for at in range(count * vectors):
         T.buffer_store(sums, spread(T.float32(0), lanes), [lanes_from(at * lanes, lanes)])
-    with T.serial(first, last) as tile:
+    with T.serial(band.first, band.last) as tile:
         for k in range(tiles.deep):
             for i in range(count):
-                number = spread(x[row + i, places[tile] + k], lanes)
+                number = spread(x[row + i, band.places[tile] + k], lanes)
                 for v in range(vectors):
                     at = lanes_from((i * vectors + v) * lanes, lanes)
                     value = values[tile, k, lanes_from(v * lanes, lanes)]
@@ -105,22 +128,21 @@ def _tall(
     for i in range(count):
         for v in range(vectors):
             at = lanes_from((i * vectors + v) * lanes, lanes)
-            T.buffer_store(y, sums[at], [row + i, lanes_from(band * tiles.high + v * lanes, lanes)])
+            T.buffer_store(band.y, sums[at], [row + i, lanes_from(band.number * tiles.high + v * lanes, lanes)])
 
 
-def _flat(
-    x: Any, places: Any, values: Any, y: Any, tiles: Tiles, row: Any, count: int, band: Any, first: Any, last: Any
-) -> None:
+def _flat(band: Band, row: Any, count: int) -> None:
     from tvm.tirx.script.builder import ir as T
 
+    tiles, x, values = band.tiles, band.x, band.values
     lanes = tiles.lanes
     sums = registers(count * tiles.high * lanes)
     for at in range(count * tiles.high):
         T.buffer_store(sums, spread(T.float32(0), lanes), [lanes_from(at * lanes, lanes)])
-    with T.serial(first, last) as tile:
+    with T.serial(band.first, band.last) as tile:
         for k in range(0, tiles.deep, lanes):
             for i in range(count):
-                numbers = x[row + i, lanes_from(places[tile] + k, lanes)]
+                numbers = x[row + i, lanes_from(band.places[tile] + k, lanes)]
                 for j in range(tiles.high):
                     at = lanes_from((i * tiles.high + j) * lanes, lanes)
                     value = values[tile, j, lanes_from(k, lanes)]
@@ -130,4 +152,4 @@ def _flat(
             total = sums[(i * tiles.high + j) * lanes]
             for lane in range(1, lanes):
                 total = total + sums[(i * tiles.high + j) * lanes + lane]
-            T.buffer_store(y, total, [row + i, band * tiles.high + j])
+            T.buffer_store(band.y, total, [row + i, band.number * tiles.high + j])
