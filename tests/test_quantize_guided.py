@@ -69,6 +69,22 @@ def test_the_loss_rises_less(rounding: str) -> None:
     assert losses["loss"] < 0.7 * losses["inputs"]
 
 
+def test_errors_of_outputs_make_up_for_each_other() -> None:
+    """What the outputs become lies in a space of six dimensions."""
+    text = "h = MatMul(x, w) y = MatMul(h, v)"
+    weights = {"w": normal(48, 24), "v": normal(24, 6, seed=1)}
+    model = build(text, "float[N,48] x", "float[N,6] y", **weights)
+    samples = [{"x": normal(512, 48, seed=seed)} for seed in range(3)]
+    losses = {}
+    for guide in ("loss", "curvature"):
+        one = model.clone()
+        options = {"bits": 4, "block": 16, "symmetric": False, "rounding": "gptq", "refine": 1, "include": ("w",)}
+        quantized(one, context(samples), guide=guide, **options)
+        x = normal(512, 48, seed=9)
+        losses[guide] = float(np.square(run(one, x=x)["y"] - run(model, x=x)["y"]).sum())
+    assert losses["curvature"] < 0.6 * losses["loss"]
+
+
 def test_bits_go_where_the_loss_is_steep() -> None:
     """Two layers alike, of which one hardly counts; both do by their own outputs."""
     one, two, small = normal(64, 64), normal(64, 64, seed=1), np.array(0.01, np.float32)

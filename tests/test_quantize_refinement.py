@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphc.quantization.grid import Grid
-from graphc.quantization.refinement import refined
+from graphc.quantization.refinement import labels, refined
 from tests.quantized_models import context, held, images, mlp, normal, pictures, quantized, rows, run
 
 Array = np.ndarray[Any, Any]
@@ -41,7 +41,7 @@ def start(outputs: int, columns: int, size: int, grid: Grid, seed: int) -> tuple
 def test_no_row_loses_and_codes_stay_in_reach(outputs: int, columns: int, size: int, bits: int, signed: bool) -> None:
     grid = Grid(bits, signed)
     weights, products, codes, scales, zeros, groups = start(outputs, columns, size, grid, columns)
-    new, fitted = refined(weights, products, grid, codes, scales, zeros, groups, 2)
+    new, fitted = refined(weights, products, grid, codes, scales, zeros, labels(groups), 2)
     before, after = loss(weights, products, codes, scales, zeros), loss(weights, products, new, fitted, zeros)
     assert (after <= before * (1 + 1e-4) + 1e-6).all()
     assert (np.rint(new) == new).all() and grid.reach[0] <= new.min() and new.max() <= grid.reach[1]
@@ -54,7 +54,7 @@ def test_scales_of_codes_are_those_of_least_squares() -> None:
     lower = np.linalg.cholesky(products)
     spread = codes.reshape(-1, 1) * (groups.reshape(-1, 1) == np.arange(3))
     wanted = np.linalg.lstsq(lower.T @ spread, lower.T @ weights[0], rcond=None)[0]
-    fitted = refined(weights, products, grid, codes, scales, zeros, groups, 1)[1]
+    fitted = refined(weights, products, grid, codes, scales, zeros, labels(groups), 1)[1]
     np.testing.assert_allclose(fitted[0, ::4], wanted, rtol=1e-3)
     assert loss(weights, products, codes, fitted, zeros) < loss(weights, products, codes, scales, zeros)
 
@@ -76,7 +76,7 @@ def test_zeros_stay_and_groups_without_codes_keep_their_scale() -> None:
     weights, products, codes, scales, zeros, groups = start(3, 16, 4, grid, 5)
     weights[:, ::3], codes[:, ::3] = 0, 0
     weights[1, 4:8], codes[1, 4:8] = 0, 0
-    new, fitted = refined(weights, products, grid, codes, scales, zeros, groups, 3)
+    new, fitted = refined(weights, products, grid, codes, scales, zeros, labels(groups), 3)
     assert not new[weights == 0].any()
     np.testing.assert_allclose(fitted[1, 4:8], scales[1, 4:8], rtol=1e-5)
 
@@ -85,7 +85,7 @@ def test_rows_that_share_a_scale_keep_it() -> None:
     weights, products, codes, _, zeros, _ = start(4, 8, 8, Grid(4), 6)
     scales = np.full_like(weights, 0.3)
     codes = Grid(4).codes(weights, scales, zeros)
-    fitted = refined(weights, products, Grid(4), codes, scales, zeros, np.zeros(weights.shape, np.int64), 2)[1]
+    fitted = refined(weights, products, Grid(4), codes, scales, zeros, labels(np.zeros(weights.shape, np.int64)), 2)[1]
     np.testing.assert_array_equal(fitted, scales)
 
 

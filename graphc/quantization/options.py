@@ -38,10 +38,11 @@ class Options(Pass):
     refine: int = option(
         0, "For rounding=gptq and awp: how often then scales are fitted to codes, and codes to scales.", least=0
     )
-    guide: Literal["inputs", "loss"] = option(
+    guide: Literal["inputs", "loss", "curvature"] = option(
         "inputs",
         "For rounding=gptq and awp: inputs: all rows that a matrix multiplies count alike; loss: each by the squared "
-        "gradient of the loss by what becomes of it, which needs torch.",
+        "gradient of the loss by what becomes of it, which needs torch; curvature: so, and errors of outputs make up "
+        "for each other, for rounding=gptq.",
     )
     sequential: bool = option(False, "For rounding=gptq: collect each layer's inputs from quantized layers before it.")
     scaling: Literal["none", "smooth", "awq", "channels", "flatten"] = option(

@@ -26,7 +26,7 @@ def refined(
     codes: Array,
     scales: Array,
     zeros: Array,
-    groups: Array | None,
+    labels: Array | None,
     rounds: int,
 ) -> tuple[Array, Array]:
     """Better codes and scales than given ones.
@@ -38,15 +38,14 @@ def refined(
         codes: Those to begin with, in the shape of the weights.
         scales: In that shape.
         zeros: Zero points, in that shape.
-        groups: The number of the group that shares a scale, in that shape; None: scales stay.
+        labels: The group of each column, see :func:`labels`; None: scales stay.
         rounds: How often scales and codes are changed.
 
     Returns:
-        Codes and scales. The latter stay where rows share groups, and codes of weights that are zero.
+        Codes and scales; codes of weights that are zero stay.
     """
     codes, scales = codes.astype(np.float32), scales.astype(np.float32)
     products = (products / max(float(np.diagonal(products).mean()), 1e-300)).astype(np.float32)
-    labels = None if groups is None else _labels(groups)
     for _ in range(rounds):
         if labels is not None:
             scales = _scaled(weights, products, codes - zeros, scales, labels)
@@ -54,12 +53,16 @@ def refined(
     return codes, scales
 
 
-def _labels(groups: Array) -> Array | None:
-    """The group of each column, from 0 on; None if rows are not cut alike, or share groups."""
-    labels = np.unique(groups[0], return_inverse=True)[1].reshape(-1)
-    firsts = groups[:, np.unique(labels, return_index=True)[1]]
-    alike = bool((groups == firsts[:, labels]).all()) and len(np.unique(firsts)) == firsts.size
-    return labels if alike else None
+def labels(groups: Array) -> Array | None:
+    """The group of each column, from 0 on; None if rows are not cut alike, or share groups.
+
+    Args:
+        groups: The number of the group that shares a scale, ``(outputs, columns)``.
+    """
+    found = np.unique(groups[0], return_inverse=True)[1].reshape(-1)
+    firsts = groups[:, np.unique(found, return_index=True)[1]]
+    alike = bool((groups == firsts[:, found]).all()) and len(np.unique(firsts)) == firsts.size
+    return found if alike else None
 
 
 def _scaled(weights: Array, products: Array, steps: Array, scales: Array, labels: Array) -> Array:

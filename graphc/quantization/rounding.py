@@ -11,9 +11,9 @@ import onnx_ir as ir
 from graphc import edit
 from graphc.contraction import Contraction
 from graphc.edit import Array
+from graphc.quantization import kronecker, refinement
 from graphc.quantization.granularity import Granularity
 from graphc.quantization.grid import Grid, fit
-from graphc.quantization.refinement import refined
 from graphc.sparsity.sweep import BLOCK, sweep
 
 PIECE = 1 << 20
@@ -134,6 +134,7 @@ def gptq(
     least: Array | None = None,
     steps: int = 0,
     rounds: int = 0,
+    slopes: Array | None = None,
 ) -> Codes:
     """Codes of a weight with which a layer's outputs change least.
 
@@ -155,6 +156,8 @@ def gptq(
         steps: Steps of projected descent instead of the sweep; 0 for the sweep.
         rounds: How often scales and codes are then refined in turn, see :mod:`graphc.quantization.refinement`; scales
             only where ``least`` leaves them free.
+        slopes: The Gram matrix of the loss's gradient by the outputs, ``(outputs, outputs)``; with it errors of outputs
+            make up for each other, see :mod:`graphc.quantization.kronecker`.
     """
     array = held.numpy().astype(np.float32)
     edit.release(held)
@@ -175,15 +178,19 @@ def gptq(
         products = gram[piece] if len(gram) > 1 else gram
         given = (weights[piece], products, grid, scales[piece], zeros[piece])
         new[piece] = _better(_descended(*given, steps) if steps else _swept(*given, order, damp), *given)
-    if rounds:
+    if rounds or slopes is not None:
         numbers = granularity.spread(np.arange(scale.size).reshape(scale.shape), array.shape)
         groups = use.matrices(np.broadcast_to(numbers, array.shape))
         scales = scales.copy()
         for i, each in enumerate(weights):
             products = gram[i if len(gram) > 1 else 0]
             damped = products + damp * np.diagonal(products).mean() * np.eye(len(products))
-            mine = groups[i] if least is None else None
-            new[i], scales[i] = refined(each, damped, grid, new[i], scales[i], zeros[i], mine, rounds)
+            labels = refinement.labels(groups[i]) if rounds and least is None else None
+            new[i], scales[i] = refinement.refined(each, damped, grid, new[i], scales[i], zeros[i], labels, rounds)
+            if slopes is not None:
+                new[i], scales[i] = kronecker.refined(
+                    each, damped, slopes, grid, new[i], scales[i], zeros[i], labels, max(rounds, 1), order=order
+                )
         scale = granularity.reduced(use.restored(scales), np.max)
     codes = _room(array.shape, grid)
     codes[...] = use.restored(new).astype(codes.dtype)

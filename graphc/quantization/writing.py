@@ -108,7 +108,9 @@ def _stages(options: Options, chosen: Sequence[tuple[Site, Way]]) -> list[list[t
 def _statistics(
     options: Options, model: ir.Model, stage: Sequence[tuple[Site, Way]], ctx: Context
 ) -> Mapping[Any, Any]:
-    wanted: set[Request[Any]] = {_gram(options, use) for site, _ in stage if _swept(options, site) for use in site.uses}
+    swept = [use for site, _ in stage if _swept(options, site) for use in site.uses]
+    wanted: set[Request[Any]] = {_gram(options, use) for use in swept}
+    wanted |= {use.output_gradients for use in swept if _curved(options, use)}
     if options.correct:
         wanted |= {use.patches for site, _ in stage if correction.possible(site) for use in site.uses}
     return ctx.collect(model, wanted) if wanted else {}
@@ -116,7 +118,12 @@ def _statistics(
 
 def _gram(options: Options, use: Contraction) -> Request[Gram]:
     """The Gram matrix by which a layer is rounded."""
-    return (use.guided_gram if options.guide == "loss" else None) or use.gram
+    return (use.guided_gram if options.guide != "inputs" else None) or use.gram
+
+
+def _curved(options: Options, use: Contraction) -> bool:
+    """Whether errors of a product's outputs make up for each other."""
+    return options.guide == "curvature" and options.rounding == "gptq" and use.guided_gram is not None
 
 
 def _swept(options: Options, site: Site) -> bool:
@@ -155,6 +162,8 @@ def _codes(options: Options, site: Site, way: Way, statistics: Mapping[Any, Any]
     gram = np.asarray(sum(_matrices(statistics[_gram(options, use)].products) for use in site.uses))
     how: dict[str, Any] = {"clip": clip, "order": options.order, "damp": options.damp, "least": least}
     how["rounds"] = options.refine
+    if all(_curved(options, use) for use in site.uses):
+        how["slopes"] = np.sum([statistics[use.output_gradients].products for use in site.uses], axis=0)
     how["steps"] = STEPS if options.rounding == "awp" else 0
     return rounding.gptq(site.held, site.uses[0], gram, grid, granularity, **how)
 

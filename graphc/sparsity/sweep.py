@@ -84,15 +84,19 @@ def sweep(weight: Array, gram: Array, projector: Projector, *, damp: float = 0.0
 
 def inverse_factor(gram: Array, damp: float) -> Array:
     """The upper ``U`` with ``UT U`` the inverse of the damped Gram matrix; more is added where that is too little."""
+    return np.asarray(np.linalg.inv(upper_factor(gram, damp)))
+
+
+def upper_factor(gram: Array, damp: float) -> Array:
+    """The upper ``U`` with ``U UT`` the damped Gram matrix; more is added where that is too little."""
     gram = np.asarray(gram, dtype=np.float64)
     mean = np.diagonal(gram, axis1=-2, axis2=-1).mean(axis=-1)[..., None, None]
     mean = np.where(mean > 0, mean, 1.0)
     eye = np.eye(gram.shape[-1])
     for more in (damp, 10 * damp, 100 * damp, 1.0):
         try:
-            # The inverse's upper factor is that of the matrix turned around, inverted and turned back.
-            lower = np.linalg.cholesky((gram + more * mean * eye)[..., ::-1, ::-1])
-            return np.asarray(np.linalg.inv(lower)[..., ::-1, ::-1])
+            # It is the lower factor of the matrix turned around, turned back.
+            return np.asarray(np.linalg.cholesky((gram + more * mean * eye)[..., ::-1, ::-1])[..., ::-1, ::-1])
         except np.linalg.LinAlgError:
             continue
     raise BadInput("the statistics of a layer's input cannot be used", why="their Gram matrix is not positive")
