@@ -97,9 +97,9 @@ def depth(text: Path) -> Experiment:
     return _smollm2(text, variants, HELD_OUT, DEPTH_NOTE)
 
 
-def short(text: Path) -> Experiment:
-    """Without variants, on few windows."""
-    return _smollm2(text, (), FEW)
+def whole(text: Path) -> Experiment:
+    """Without variants, on all of both texts."""
+    return _smollm2(text, (), EVERYTHING, calibration=EVERYTHING)
 
 
 def windows(file: Path, count: int) -> Sequence[Any]:
@@ -108,7 +108,9 @@ def windows(file: Path, count: int) -> Sequence[Any]:
     return list(data.load(spec, load(cache.model("smollm2-dynamo")).model))
 
 
-def _smollm2(text: Path, variants: Sequence[Variant], held: int, note: str = "") -> Experiment:
+def _smollm2(
+    text: Path, variants: Sequence[Variant], held: int, note: str = "", *, calibration: int = CALIBRATION
+) -> Experiment:
     held_out = windows(text / "text_heldout.txt", held)
 
     def perplexity(path: Path) -> float:
@@ -123,10 +125,10 @@ def _smollm2(text: Path, variants: Sequence[Variant], held: int, note: str = "")
         return math.exp(min(total / count, 700))
 
     sample = {name: array[:, :128] for name, array in held_out[0].items()}
-    calibration = windows(text / "text_calib.txt", CALIBRATION)
+    known = windows(text / "text_calib.txt", calibration)
     about = (
         f"Perplexity is read on the first {len(held_out)} windows of 512 tokens of the held-out text; statistics and "
-        f"gradients come from {len(calibration)} windows of the calibration text, for every method."
+        f"gradients come from {len(known)} windows of the calibration text, for every method."
     )
     model = cache.model("smollm2-dynamo")
-    return Experiment(model, "simplify,fuse", calibration, perplexity, "perplexity", sample, variants, about, note)
+    return Experiment(model, "simplify,fuse", known, perplexity, "perplexity", sample, variants, about, note)

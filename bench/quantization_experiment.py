@@ -27,7 +27,6 @@ class Experiment:
         recipe: The exact passes that come first, once for all variants; if there are none, graphc's variants have all
             of them.
         about: What else a reader has to know.
-        training: More calibration data, that models are healed with.
     """
 
     model: Path
@@ -38,4 +37,3 @@ class Experiment:
     variants: Sequence[str]
     recipe: str = "simplify,fuse"
     about: str = ""
-    training: Callable[[], Samples] = list

@@ -40,13 +40,15 @@ SMALL = ("graphc int8 weights", "graphc int8 dynamic", "ort dynamic", *BLOCKS_OF
 LANGUAGE = (
     "graphc int8 weights",
     "graphc int4/128",
-    "graphc int4/128 gptq",
-    "graphc int4/128 gptq, guided",
-    "graphc int4/128 gptq, guided, healed",
-    "graphc int4/128 gptq, guided, refined",
-    "graphc int4-8/128 gptq, guided, 4.75 bits",
+    "graphc int4/128 asymmetric",
     "graphc int4/128 asymmetric gptq",
+    "graphc int4/128 gptq, guided",
+    "graphc int4/128 asymmetric gptq, guided",
+    "graphc int4/128 asymmetric gptq, curvature",
+    "graphc int4/128 asymmetric gptq, curvature, healed",
+    "graphc int4-8/128 asymmetric gptq, curvature, 4.75 bits",
     "ort int4/128",
+    "ort int4/128 asymmetric",
     "ort int4/128 hqq",
 )
 
@@ -124,7 +126,7 @@ def _minilm(text: Path) -> Experiment:
 
 def _smollm2(text: Path) -> Experiment:
     """SmolLM2-135M. Its weights lie on the asymmetric grid of 4 bits and blocks of 32, which is therefore left out."""
-    known = quality_lm.short(text)
+    known = quality_lm.whole(text)
     return Experiment(
         known.model,
         lambda: known.calibration,
@@ -132,8 +134,7 @@ def _smollm2(text: Path) -> Experiment:
         known.metric,
         known.sample,
         LANGUAGE,
-        about=f"{known.about} Healing reads all of that text; its time is its own, without the rounding before.",
-        training=lambda: quality_lm.windows(text / "text_calib.txt", quality_lm.EVERYTHING),
+        about=f"{known.about} The time of healing is its own, without the rounding before.",
     )
 
 

@@ -47,13 +47,17 @@ GRAPHC = {
     "graphc int8 static, full range": "quantize{scheme=static rounding=gptq damp=0.1 correct=true full-range=true}",
     "graphc int4/32": "quantize{bits=4 block=32 clip=mse}",
     "graphc int4/128": "quantize{bits=4 block=128}",
+    "graphc int4/128 asymmetric": "quantize{bits=4 block=128 symmetric=false clip=mse}",
     "graphc int4/128, packed head": "quantize{bits=4 block=128 embeddings=4},lower-int8",
     "graphc int4/32 gptq": "quantize{bits=4 block=32 rounding=gptq clip=mse}",
     "graphc int4/128 gptq": "quantize{bits=4 block=128 rounding=gptq clip=mse}",
-    "graphc int4/128 gptq, guided": "quantize{bits=4 block=128 rounding=gptq clip=mse guide=loss}",
-    "graphc int4/128 gptq, guided, refined": "quantize{bits=4 block=128 rounding=gptq clip=mse guide=loss refine=2}",
-    "graphc int4-8/128 gptq, guided, 4.75 bits": "quantize{bits=4 block=128 rounding=gptq clip=mse guide=loss "
-    "refine=1 budget=4.75 choices=[4 8] sensitivity=loss}",
+    "graphc int4/128 gptq, guided": "quantize{bits=4 block=128 rounding=gptq clip=mse guide=loss refine=2}",
+    "graphc int4/128 asymmetric gptq, guided": "quantize{bits=4 block=128 symmetric=false rounding=gptq clip=mse "
+    "guide=loss refine=2}",
+    "graphc int4/128 asymmetric gptq, curvature": "quantize{bits=4 block=128 symmetric=false rounding=gptq clip=mse "
+    "guide=curvature refine=2}",
+    "graphc int4-8/128 asymmetric gptq, curvature, 4.75 bits": "quantize{bits=4 block=128 symmetric=false "
+    "rounding=gptq clip=mse guide=curvature refine=2 budget=4.75 choices=[4 8] sensitivity=loss}",
     "graphc int8 cache": "quantize-cache",
     "graphc int8 cache, by head": "quantize-cache{scales=head}",
     "graphc int8 cache and weights": "quantize-cache,quantize",
@@ -61,8 +65,8 @@ GRAPHC = {
 }
 
 HEALED = {
-    "graphc int4/128 gptq, guided, healed": (
-        "graphc int4/128 gptq, guided",
+    "graphc int4/128 asymmetric gptq, curvature, healed": (
+        "graphc int4/128 asymmetric gptq, curvature",
         "heal{steps=60 batch=2 learning-rate=2e-4 hidden=0 held-out=0.05 precision=bfloat16}",
     ),
 }
@@ -108,8 +112,8 @@ def ort_static(source: Path, target: Path, samples: Samples) -> None:
         )
 
 
-def ort_nbits(block: int, algorithm: str = "") -> Callable[[Path, Path, Samples], None]:
-    """Weights of products in 4 bits; without an algorithm to the nearest codes, symmetric."""
+def ort_nbits(block: int, algorithm: str = "", *, symmetric: bool = True) -> Callable[[Path, Path, Samples], None]:
+    """Weights of products in 4 bits; without an algorithm to the nearest codes."""
 
     def quantize(source: Path, target: Path, samples: Samples) -> None:
         import onnx
@@ -119,7 +123,7 @@ def ort_nbits(block: int, algorithm: str = "") -> Callable[[Path, Path, Samples]
         if algorithm == "hqq":
             config = nbits.HQQWeightOnlyQuantConfig(block_size=block, bits=4)
         quantizer = nbits.MatMulNBitsQuantizer(
-            onnx.load(source), block_size=block, is_symmetric=True, accuracy_level=4, bits=4, algo_config=config
+            onnx.load(source), block_size=block, is_symmetric=symmetric, accuracy_level=4, bits=4, algo_config=config
         )
         quantizer.process()
         quantizer.model.save_model_to_file(str(target), use_external_data_format=False)
@@ -133,6 +137,7 @@ PEERS: dict[str, Callable[[Path, Path, Samples], None]] = {
     "ort int4/32": ort_nbits(32),
     "ort int4/32 hqq": ort_nbits(32, "hqq"),
     "ort int4/128": ort_nbits(128),
+    "ort int4/128 asymmetric": ort_nbits(128, symmetric=False),
     "ort int4/128 hqq": ort_nbits(128, "hqq"),
 }
 
@@ -149,7 +154,7 @@ def make(experiment: Experiment, variant: str, source: Path, target: Path) -> No
         if not start.exists():
             make(experiment, begun, source, start)
         recipe = recipe.replace("{", f"{{teacher={source} ")
-        report = pipeline.optimize(start, target, recipe=recipe, calibrate=experiment.training(), **UNMEASURED)
+        report = pipeline.optimize(start, target, recipe=recipe, calibrate=experiment.calibration(), **UNMEASURED)
         print(f"    {report.passes[0].changes}")
         return
     recipe = GRAPHC[variant] if experiment.recipe else f"{EXACT},{GRAPHC[variant]}"
