@@ -13,7 +13,7 @@ from graphc import edit
 from graphc.contract import Context, PassResult
 from graphc.contraction import Contraction
 from graphc.edit import Array
-from graphc.quantization import activations, correction, dynamic, guard, rounding, static, store
+from graphc.quantization import activations, correction, dynamic, guard, rounding, saturation, static, store
 from graphc.quantization.allocation import Way
 from graphc.quantization.grid import Grid
 from graphc.quantization.layers import Layers
@@ -80,7 +80,9 @@ def _scales(options: Options, model: ir.Model, planned: static.Plan, ctx: Contex
     requests = {value: RangeOf(value.name or "") for value in planned.calibrated}
     seen = ctx.collect(model, requests.values())
     scales = {
-        value.name or "": activations.scale_of(seen[request], method, options.percentile)
+        value.name or "": activations.scale_of(
+            saturation.within(seen[request], *saturation.limits(value)), method, options.percentile
+        )
         for value, request in requests.items()
     }
     for value in planned.values:
