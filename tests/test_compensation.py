@@ -25,6 +25,7 @@ from graphc.pruning import compensation
 from graphc.pruning.compensation import Seen
 from graphc.recipe import Recipe
 from graphc.stats import Gram
+from tests.fashion import batches, fashion
 
 DATA = Path(__file__).parent / "data"
 HEAD = '<ir_version: 10, opset_import: ["" : 21]>'
@@ -290,15 +291,14 @@ def test_presets(preset: str) -> None:
     """Each named method runs on a trained model, takes what it should, and leaves it far better than chance."""
     if preset in ("llm-pruner", "adapt-pruner", "surgeon"):
         pytest.importorskip("torch")
-    with np.load(DATA / "fashion_mnist_2k.npz") as stored:
-        images = {k: ((stored[f"{k}_x"][:, None] / 255 - 0.286) / 0.353).astype(np.float32) for k in ("calib", "test")}
-        labels = {k: stored[f"{k}_y"].astype(np.int64) for k in ("calib", "test")}
-    cases = [({"image": images["calib"][i : i + 50]}, labels["calib"][i : i + 50]) for i in range(0, 200, 50)]
+    _, classes = fashion("calib")
+    cases = [(each, classes[50 * i :][:50]) for i, each in enumerate(batches("calib", 200, 50))]
+    test, labels = fashion("test")
     report = optimize(
         DATA / "fmnist_vit_tiny.onnx",
         recipe=Recipe.named(preset),
         calibrate=cases,
-        data=[{"image": images["test"][:20]}],
+        data=[{"image": test[:20]}],
         cache=False,
         measure=False,
     )
@@ -307,5 +307,5 @@ def test_presets(preset: str) -> None:
     before = sum(v.const_value.size for v in ir.load(DATA / "fmnist_vit_tiny.onnx").graph.initializers.values())  # type: ignore[union-attr]
     after = sum(v.const_value.size for v in report.model.graph.initializers.values())  # type: ignore[union-attr]
     assert after < (0.95 if preset == "cfsp" else 0.85) * before
-    (scores,) = runtime.session(report.model, optimise=True).run({"image": images["test"]}).values()
-    assert (scores.argmax(axis=1) == labels["test"]).mean() > 0.5
+    (scores,) = runtime.session(report.model, optimise=True).run({"image": test}).values()
+    assert (scores.argmax(axis=1) == labels).mean() > 0.5

@@ -23,6 +23,7 @@ from tests.block_models import (
     pre_norm,
     samples,
 )
+from tests.fashion import batches, fashion
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -117,15 +118,9 @@ def test_a_merge_that_changes_too_much_does_not_stand() -> None:
     np.testing.assert_array_equal(outputs(model, samples()), before)
 
 
-def images(part: str) -> tuple[np.ndarray, np.ndarray]:
-    data = np.load(DATA / "fashion_mnist_2k.npz", allow_pickle=False)
-    return ((data[f"{part}_x"][:, None] / 255 - 0.286) / 0.353).astype(np.float32), data[f"{part}_y"]
-
-
 def test_a_linear_map_beats_plain_dropping_on_held_out_images() -> None:
-    calibration, _ = images("calib")
-    test, labels = images("test")
-    given = [{"image": calibration[i : i + 50]} for i in range(0, 300, 50)]
+    test, labels = fashion("test")
+    given = batches("calib", 300, 50)
     accuracy = {}
     for name in ("none", "linear"):
         model = ir.load(DATA / "fmnist_vit_tiny.onnx")

@@ -20,6 +20,7 @@ from graphc.errors import BadInput
 from graphc.factorisation.ranks import by_energy, even, uniform
 from graphc.factorisation.spectrum import spectrum
 from graphc.passes.factorise import Factorise
+from tests.fashion import batches, fashion
 
 CONTEXT = Context(Capabilities("portable", 10, {"": 21}))
 DATA = Path(__file__).parent / "data"
@@ -300,11 +301,8 @@ def test_the_gate_backs_off_and_the_report_says_what_went(tmp_path: Path, capsys
 @pytest.mark.slow
 def test_orderings_on_a_trained_network() -> None:
     """Held-out accuracy of a ViT: the Gram matrix over sizes and plain weights; ranks by energy over uniform."""
-    data = np.load(DATA / "fashion_mnist_2k.npz", allow_pickle=False)
-    calibration, test = (
-        ((data[f"{part}_x"][:, None] / 255 - 0.286) / 0.353).astype(np.float32) for part in ("calib", "test")
-    )
-    ctx = context([{"image": calibration[i : i + 50]} for i in range(0, 500, 50)])
+    test, classes = fashion("test")
+    ctx = context(batches("calib", 500, 50))
     accuracy = {}
     for name, options in {
         "plain": {"whitening": "none", "allocation": "uniform"},
@@ -314,6 +312,6 @@ def test_orderings_on_a_trained_network() -> None:
     }.items():
         after, _ = factorised(ir.load(DATA / "fmnist_vit_tiny.onnx"), ctx, ratio=0.5, **options)
         logits = runtime.session(after, optimise=False).run({"image": test})["logits"]
-        accuracy[name] = float((logits.argmax(-1) == data["test_y"]).mean())
+        accuracy[name] = float((logits.argmax(-1) == classes).mean())
     assert accuracy["plain"] <= accuracy["gram"] and accuracy["sizes"] <= accuracy["gram"], accuracy
     assert accuracy["gram"] <= accuracy["energy"] + 0.01, accuracy

@@ -25,6 +25,7 @@ from graphc.healing.weights import Weights  # noqa: E402
 from graphc.passes.heal import GENERATED, RATES, Heal  # noqa: E402
 from graphc.passes.prune import Prune  # noqa: E402
 from graphc.passes.shrink import Shrink  # noqa: E402
+from tests.fashion import fashion  # noqa: E402
 from tests.small_models import hold  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -374,13 +375,6 @@ def test_the_pipeline_gives_the_model_as_it_came(tmp_path: Path) -> None:
         out, None, recipe=f'heal{{steps=5 teacher="{path}"}}', data=tmp_path / "data.npz", measure=False, cache=False
     )
     assert again.ok and again.passes[-1].name == "heal"
-
-
-def fashion(part: str) -> tuple[Array, Array]:
-    """Images as the models of ``tests/data`` were trained on, and their classes."""
-    with np.load(DATA / "fashion_mnist_2k.npz", allow_pickle=False) as data:
-        images = (data[f"{part}_x"][:, None].astype(np.float32) / 255 - 0.286) / 0.353
-        return images, data[f"{part}_y"].astype(np.int64)
 
 
 def accuracy(model: ir.Model) -> float:

@@ -17,6 +17,7 @@ from graphc.errors import BadInput
 from graphc.frontends import load
 from graphc.presets import GOALS, Goal, choose, convolutional, kind_of
 from graphc.recipe import DEFAULT, Recipe
+from tests.fashion import batches
 
 DATA = Path(__file__).parent / "data"
 CPU = Capabilities(
@@ -53,13 +54,6 @@ ROWS = """
 def numbers(*shape: int) -> str:
     made = np.random.default_rng(0).normal(size=shape).ravel()
     return "{" + ", ".join(f"{x:.4f}" for x in made) + "}"
-
-
-def images(count: int, seed: int = 0, batch: int = 20) -> list[dict[str, np.ndarray]]:
-    with np.load(DATA / "fashion_mnist_2k.npz") as stored:
-        x = stored["calib_x" if seed == 0 else "test_x"][:count].astype(np.float32)
-    x = ((x / 255 - 0.286) / 0.353)[:, None]
-    return [{"image": x[i : i + batch]} for i in range(0, count, batch)]
 
 
 def names(recipe: Recipe) -> list[str]:
@@ -151,7 +145,11 @@ def test_goals_are_no_shipped_recipes() -> None:
 
 def test_balanced_keeps_its_limit(tmp_path: Path) -> None:
     report = pipeline.optimize(
-        DATA / "fmnist_vit_tiny.onnx", tmp_path / "o.onnx", preset="balanced", data=images(40), measure=False
+        DATA / "fmnist_vit_tiny.onnx",
+        tmp_path / "o.onnx",
+        preset="balanced",
+        data=batches("calib", 40, 20),
+        measure=False,
     )
     assert report.approximation["error"] <= 0.05
     assert report.preset["kind"] == "vision model"
@@ -160,7 +158,12 @@ def test_balanced_keeps_its_limit(tmp_path: Path) -> None:
 
 def test_limits_of_the_user_take_the_place_of_balanceds(tmp_path: Path) -> None:
     report = pipeline.optimize(
-        DATA / "fmnist_vit_tiny.onnx", None, preset="balanced", data=images(20), max_drop={"error": 1e-9}, measure=False
+        DATA / "fmnist_vit_tiny.onnx",
+        None,
+        preset="balanced",
+        data=batches("calib", 20, 20),
+        max_drop={"error": 1e-9},
+        measure=False,
     )
     assert not any(each.changes and not each.error for each in report.passes if each.effect == "lossy")
     assert not any("0.05" in each.error for each in report.passes)
@@ -169,9 +172,14 @@ def test_limits_of_the_user_take_the_place_of_balanceds(tmp_path: Path) -> None:
 def test_small_makes_a_network_small_and_keeps_its_answers(tmp_path: Path) -> None:
     path = tmp_path / "o.onnx"
     report = pipeline.optimize(
-        DATA / "fmnist_resnet.onnx", path, preset="small", calibrate=images(200), data=images(200, 1), measure=False,
+        DATA / "fmnist_resnet.onnx",
+        path,
+        preset="small",
+        calibrate=batches("calib", 200, 20),
+        data=batches("test", 200, 20),
+        measure=False,
         max_drop={"top1": 0.1},
-    )  # fmt: skip
+    )
     assert report.approximation["top1"] <= 0.1
     assert path.stat().st_size < 0.3 * (DATA / "fmnist_resnet.onnx").stat().st_size
 

@@ -16,6 +16,7 @@ from graphc.model import save
 from graphc.opset.portable import portable
 from graphc.passes.quantize import Quantize
 from graphc.passes.shrink import Shrink
+from tests.fashion import batches
 from tests.quantized_models import (
     CONTEXT,
     DATA,
@@ -199,10 +200,7 @@ def test_shrink_after_quantize() -> None:
 
 @pytest.mark.parametrize("recipe", ["quantize", "quantize{bits=4 block=32 rounding=gptq}", "quantize{scheme=dynamic}"])
 def test_a_real_transformer_after_fusion(tmp_path: Path, recipe: str) -> None:
-    images_ = np.load(DATA / "fashion_mnist_2k.npz")["calib_x"][:64]
-    samples = [
-        {"image": ((images_[i : i + 16].astype(np.float32) / 255 - 0.286) / 0.353)[:, None]} for i in (0, 16, 32)
-    ]
+    samples = batches("calib", 48, 16)
     path = tmp_path / "o.onnx"
     report = pipeline.optimize(
         DATA / "fmnist_vit_tiny.onnx",

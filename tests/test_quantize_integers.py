@@ -16,6 +16,7 @@ from graphc.opset.portable import portable
 from graphc.quantization import activations
 from graphc.stats.base import Valid
 from graphc.stats.range import RangeOf
+from tests.fashion import batches
 from tests.quantized_models import (
     CONTEXT,
     DATA,
@@ -240,9 +241,8 @@ def test_ranges_of_activations(method: Any) -> None:
 
 
 def test_a_real_network_in_integers(tmp_path: Path) -> None:
-    images_ = np.load(DATA / "fashion_mnist_2k.npz")
-    x = ((images_["calib_x"][:128].astype(np.float32) / 255 - 0.286) / 0.353)[:, None]
-    samples = [{"image": x[i : i + 32]} for i in range(0, 128, 32)]
+    samples = batches("calib", 128, 32)
+    x = np.concatenate([each["image"] for each in samples])
     path = tmp_path / "o.onnx"
     pipeline.optimize(
         DATA / "fmnist_resnet.onnx",

@@ -23,6 +23,7 @@ from graphc.sparsity.curve import Curve, shared_threshold
 from graphc.sparsity.pattern import Pattern, erk, lowest_gone, n_of_m, outliers
 from graphc.sparsity.ratios import BUCKETS, knapsack
 from graphc.sparsity.sweep import Masked, Saliency, no_worse, sweep
+from tests.fashion import batches, fashion
 
 CONTEXT = Context(Capabilities("portable", 10, {"": 21}))
 DATA = Path(__file__).parent / "data"
@@ -498,11 +499,8 @@ def test_the_report_says_what_the_target_gains(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.slow
 def test_orderings_on_a_trained_network() -> None:
     """Held-out accuracy of a ViT: wanda and sparsegpt over magnitude, free over N:M."""
-    data = np.load(DATA / "fashion_mnist_2k.npz", allow_pickle=False)
-    calibration, test = (
-        ((data[f"{part}_x"][:, None] / 255 - 0.286) / 0.353).astype(np.float32) for part in ("calib", "test")
-    )
-    ctx = context([{"image": calibration[i : i + 50]} for i in range(0, 500, 50)])
+    test, classes = fashion("test")
+    ctx = context(batches("calib", 500, 50))
     accuracy = {}
     for name, options in {
         "magnitude": {"pattern": "2:4"},
@@ -513,7 +511,7 @@ def test_orderings_on_a_trained_network() -> None:
         model = ir.load(DATA / "fmnist_vit_tiny.onnx")
         Sparsify(**options).run(model, ctx)  # type: ignore[arg-type]
         logits = runtime.session(model, optimise=False).run({"image": test})["logits"]
-        accuracy[name] = float((logits.argmax(-1) == data["test_y"]).mean())
+        accuracy[name] = float((logits.argmax(-1) == classes).mean())
     assert accuracy["magnitude"] < accuracy["sparsegpt"]
     assert accuracy["free"] >= accuracy["sparsegpt"] - 0.01
 

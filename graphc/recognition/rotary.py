@@ -16,7 +16,7 @@ from graphc import edit
 from graphc.edit import Array
 from graphc.recognition.graph import Graph
 from graphc.recognition.layout import Axes, Place, arrange, fresh, reachable, resolve, settled, sizes, trace
-from graphc.rewrites.base import FLOATS, Refused, Rewriter, Rule, sole_reader
+from graphc.rewrites.base import FLOATS, Refused, Rewriter, Rule, chain
 from graphc.shapes import Shape
 from graphc.shapes.fold import evaluate
 from graphc.shapes.kernels import CannotFold
@@ -54,7 +54,7 @@ def recognise(node: ir.Node, rewriter: Rewriter) -> str | None:
     graph = rewriter
     if not _is_rotation_like(node):
         return None
-    for end in reversed(_ends(node)):
+    for end in reversed(chain(node, _is_layout, _AHEAD)):
         region_and_rotation = _find(end, node, graph)
         if region_and_rotation is None:
             continue
@@ -72,17 +72,8 @@ def _is_rotation_like(node: ir.Node) -> bool:
     return len(node.inputs) == 2 and all(edit.is_op(p, "Mul") for p in products)
 
 
-def _ends(node: ir.Node) -> list[ir.Node]:
-    ends = [node]
-    while len(ends) <= _AHEAD:
-        try:
-            following = sole_reader(ends[-1].outputs[0])
-        except Refused:
-            break
-        if not edit.is_op(following, "Concat", "Unsqueeze", "Reshape", "Squeeze"):
-            break
-        ends.append(following)
-    return ends
+def _is_layout(node: ir.Node) -> bool:
+    return edit.is_op(node, "Concat", *_VIEWS)
 
 
 def _find(end: ir.Node, marker: ir.Node, graph: Graph) -> tuple[list[ir.Node], _Rotation] | None:

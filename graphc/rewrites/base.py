@@ -246,3 +246,17 @@ def sole_reader(value: ir.Value) -> ir.Node:
     if producer is not None and reader.graph is not producer.graph:
         raise Refused("the intermediate result is read inside a subgraph")
     return reader
+
+
+def chain(node: ir.Node, wanted: Callable[[ir.Node], bool], most: int) -> list[ir.Node]:
+    """A node and up to ``most`` wanted ones behind it, each the sole reader of the one before."""
+    found = [node]
+    while len(found) <= most:
+        try:
+            following = sole_reader(found[-1].outputs[0])
+        except Refused:
+            break
+        if not wanted(following):
+            break
+        found.append(following)
+    return found

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from graphc import edit
 from graphc.edit import Array
-from graphc.rewrites.base import FLOATS, Refused, Rewriter, Rule, sole_reader
+from graphc.rewrites.base import FLOATS, Rewriter, Rule, chain
 
 _LONGEST = 12
 """Nodes of a region at most."""
@@ -97,16 +97,7 @@ _POINTS = np.concatenate([_POINTS, -_POINTS[_POINTS > 8]])
 
 def recognise(node: ir.Node, rewriter: Rewriter) -> str | None:
     """Replace the region around a node by one operator that computes the same."""
-    ends = [node]
-    while len(ends) <= _AHEAD:
-        try:
-            following = sole_reader(ends[-1].outputs[0])
-        except Refused:
-            break
-        if not _is_elementwise(following):
-            break
-        ends.append(following)
-    for end in reversed(ends):
+    for end in reversed(chain(node, _is_elementwise, _AHEAD)):
         found = _find(end, node, rewriter)
         if found is None:
             continue
