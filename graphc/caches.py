@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
+import numpy as np
 import onnx_ir as ir
 
 from graphc import edit
+from graphc.contract import Arrays
 
 _CONTRIB = "com.microsoft"
 _PLACES = {
@@ -20,6 +22,33 @@ _PLACES = {
 def pairs(model: ir.Model) -> dict[str, str]:
     """The output that each cache becomes, by the name of the input."""
     return {str(past.name): str(present.name) for past, present, _ in joins(model)}
+
+
+ROUNDS = 2
+"""Runs that fill a cache: the first still reads what was made up."""
+
+
+def lived(known: Mapping[str, str], arrays: Arrays, run: Callable[[Arrays], Arrays]) -> Arrays:
+    """Inputs whose caches hold what the model makes of these inputs, repeated, instead of what was made up for them.
+
+    Args:
+        known: See :func:`pairs`.
+        arrays: Inputs, caches ``b h t d`` among them.
+        run: Runs the model.
+    """
+    pasts = {name: arrays[name] for name in known if name in arrays}
+    for _ in range(ROUNDS if pasts else 0):
+        found, new = run(arrays), {}
+        for name, past in pasts.items():
+            length = past.shape[-2]
+            made = found[known[name]][..., length:, :] if known[name] in found else past[..., :0, :]
+            if not made.shape[-2]:
+                return arrays
+            new[name] = made.take(np.arange(length) % made.shape[-2], axis=-2)
+            if new[name].shape != past.shape:
+                return arrays
+        arrays = {**arrays, **new}
+    return arrays
 
 
 def in_place(model: ir.Model) -> bool:

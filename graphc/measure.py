@@ -9,7 +9,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from graphc import runtime
+from graphc import caches, runtime
 from graphc.checking import inputs
 from graphc.contract import Arrays, Runnable, no_progress
 from graphc.errors import BadInput
@@ -39,7 +39,7 @@ def sample(model: ir.Model, seed: int = 0) -> Arrays:
 
 
 def samples(model: ir.Model, seed: int = 0) -> list[Arrays]:
-    """Inputs with which a model runs, made to fit its interface.
+    """Inputs with which a model runs, made to fit its interface; caches hold what the model itself makes of inputs.
 
     Raises:
         BadInput: None could be made; the message says why.
@@ -58,11 +58,14 @@ def samples(model: ir.Model, seed: int = 0) -> list[Arrays]:
 
     try:
         cases = inputs.generate(model, seed=seed, accepts=accepts)
+        if not cases:
+            raise BadInput(
+                "no inputs were found with which the model runs", why=complaint, hint="give some with --data"
+            )
+        known = caches.pairs(model)
+        return [caches.lived(known, case.arrays, session.run) for case in cases if not case.strange]
     finally:
         session.close()
-    if not cases:
-        raise BadInput("no inputs were found with which the model runs", why=complaint, hint="give some with --data")
-    return [case.arrays for case in cases]
 
 
 def against(original: ir.Model, output: Runnable, arrays: Arrays) -> dict[str, Any] | None:

@@ -71,14 +71,16 @@ class Quantize(Options):
 
     def run(self, model: ir.Model, ctx: Context) -> PassResult:
         result = PassResult()
+        version = model.graph.opset_imports.get("", 0)
         if self.scheme == "static":
             shapes.infer(model)
-            first = sites_of(self, model, PassResult())
+            first = [
+                s for s in sites_of(self, model, PassResult()) if not why_not(self, s, way_of(self, s, 8), version)
+            ]
             result.change("MatMul and Add became Gemm", static.as_gemm(model, first))
         if self.scaling == "flatten":
             self._flatten(model, ctx, result)
         found = sites_of(self, model, result)
-        version = model.graph.opset_imports.get("", 0)
         ways: list[Way | None] = []
         for site in found:
             way = way_of(self, site, self.bits)

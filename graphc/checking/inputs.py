@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,10 @@ MAX_ELEMENTS = 1 << 23
 _MAX_DEFAULT = 1 << 16
 """Elements of a default up to which a case gives another value for it."""
 
+ZEROS, WIDE = "zeros", "magnitudes from 1e-4 to 1e2"
+STRANGE = (ZEROS, WIDE)
+"""Values that are for checks: rewrites must be right for them, too."""
+
 _LAST_PLAIN_IR = 3
 """Up to this IR version every initializer is listed as an input, without being meant as one."""
 
@@ -41,10 +45,12 @@ class Case:
     Attributes:
         arrays: Arrays by input name.
         description: The sizes and the kind of values, e.g. ``"batch=2 sequence=7, left padding"``.
+        strange: Whether values are such as no data has: what is lossy is not judged by them.
     """
 
     arrays: Arrays
     description: str = ""
+    strange: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,7 @@ def cases(model: ir.Model, *, seed: int = 0, accepts: Callable[[Arrays], bool] |
             for number, (what, values) in enumerate(_special(inputs, fill)):
                 at = sizes[min(2, len(sizes) - 1)] if number % 2 else sizes[0]
                 if case := make(at, 10 + number, what, values):
-                    yield case
+                    yield replace(case, strange=what in STRANGE)
             if (given := _given(model, first, seed)) and takes(given.arrays):
                 yield given
             return
@@ -187,7 +193,7 @@ def _typed(array: Array, dtype: ir.DataType) -> Array:
     if dtype.is_floating_point():
         limit = float(dtype.max)
         array = np.clip(array.astype(np.float64), -limit, limit)
-    return array.astype(dtype.numpy())
+    return np.asarray(array, dtype=dtype.numpy())
 
 
 def _special(inputs: Sequence[Input], usual: Fill) -> Iterator[tuple[str, Fill]]:
@@ -199,9 +205,9 @@ def _special(inputs: Sequence[Input], usual: Fill) -> Iterator[tuple[str, Fill]]
         for choice in each.choices[1:3]:
             yield f"{each.name}={choice:g}", _chosen(usual, each.name, choice)
     if any(each.plain for each in inputs):
-        yield "zeros", _plain(usual, zeros)
+        yield ZEROS, _plain(usual, zeros)
         yield "smooth", _plain(usual, smooth)
-        yield "magnitudes from 1e-4 to 1e2", _plain(usual, wide)
+        yield WIDE, _plain(usual, wide)
     else:
         yield "other values", usual
 

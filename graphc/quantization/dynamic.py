@@ -13,8 +13,10 @@ from graphc.quantization.sites import Site
 
 def why_not(site: Site) -> str:
     """Why the products of a weight cannot be done so; "" if they can."""
-    if site.gathers or site.views or not site.uses:
+    if site.gathers or not site.uses:
         return "an embedding has no product to be done in integers"
+    if site.views:
+        return "a transposition reads the weight, too"
     if len(site.value.uses()) != len(site.uses) or len(site.shape) != 2:
         return "the weight is no matrix that only products read"
     if site.held.dtype != ir.DataType.FLOAT:

@@ -18,6 +18,9 @@ CLIPS = np.linspace(1.0, 0.5, 26)
 TURNED = 4
 """Bits up to which a symmetric grid may be turned around for the code that only one side has."""
 
+EXPONENT = 120
+"""Of two, up to which numbers are brought to 1 in float32."""
+
 _SIGNED = {2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8, 16: ir.DataType.INT16}
 _UNSIGNED = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8, 16: ir.DataType.UINT16}
 _FLOATS = {"float8e4m3fn": ir.DataType.FLOAT8E4M3FN, "float8e5m2": ir.DataType.FLOAT8E5M2}
@@ -146,9 +149,10 @@ def fit(
     if few:
         candidates += [(_turned(grid, low * part, high * part, dtype), zero) for part in (CLIPS if clip else CLIPS[:1])]
     best: Array | None = None
+    unit = values.dtype.type(unit_of(values))
     for tried, offset in candidates:
         spread = (granularity.spread(tried, values.shape), granularity.spread(offset, values.shape))
-        error = np.square(grid.rounded(values, *spread) - values)
+        error = np.square((grid.rounded(values, *spread) - values) * unit)
         loss = granularity.reduced(error if importance is None else error * importance, np.sum)
         if best is None:
             best = loss
@@ -157,6 +161,12 @@ def fit(
         scale, zero = np.where(better, tried, scale), np.where(better, offset, zero)
         best = np.minimum(best, loss)
     return scale, zero
+
+
+def unit_of(values: Array) -> float:
+    """A power of two that brings values to 1 at most: squares of huge and of tiny ones leave float32."""
+    far = max(float(values.max(initial=0)), -float(values.min(initial=0)))
+    return float(2.0 ** -np.clip(np.frexp(far)[1], -EXPONENT, EXPONENT))
 
 
 def _turned(grid: Grid, low: Array, high: Array, dtype: np.dtype[np.generic]) -> Array:

@@ -8,6 +8,8 @@ they are stored in 16 bits, which is as good as float here.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import onnx_ir as ir
 
 from graphc import edit
@@ -22,18 +24,21 @@ KINDS = ("Conv", "ConvTranspose", "Gemm")
 GRID = Grid(16)
 
 
-def keep(model: ir.Model, planned: static.Plan, names: edit.Names) -> int:
+def keep(model: ir.Model, planned: static.Plan, spared: Collection[ir.Value], names: edit.Names) -> int:
     """Store the float weights between planned activations in 16 bits; returns how many.
 
     Args:
         model: The model, its activations not quantized yet.
         planned: Those that will be.
+        spared: Weights that will be codes by themselves.
         names: For what is new.
     """
     count = 0
     for node in list(model.graph):
         held = edit.tensor(node.inputs[1]) if is_op(node, *KINDS) else None
         if held is None or held.dtype != ir.DataType.FLOAT or not static.between(node, planned):
+            continue
+        if node.inputs[1] in spared:
             continue
         if not rounding.finite(held):
             continue

@@ -161,6 +161,8 @@ def gptq(
     """
     array = held.numpy().astype(np.float32)
     edit.release(held)
+    # A power of four changes nothing, roots included, but keeps huge and tiny numbers in float32.
+    gram = gram / 4.0 ** (np.frexp(float(gram.max(initial=0)))[1] // 2)
     importance = use.restored(
         np.broadcast_to(np.diagonal(gram, axis1=1, axis2=2)[:, None], use.matrices(array).shape).astype(np.float32)
     )

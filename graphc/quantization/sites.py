@@ -24,6 +24,9 @@ INTEGERS = frozenset(
 )
 """Operators whose weights are integers."""
 
+OTHERS = ("ConvTranspose", "Einsum", "GRU", "LSTM", "RNN")
+"""Other operators with weights."""
+
 _HELD = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
 
@@ -126,9 +129,12 @@ def find(
         if not edit.is_op(node, *kinds):
             if _is_quantized(node):
                 result.refuse(node, QUANTIZED)
+            elif edit.is_op(node, *OTHERS) and any(_is_large(v, least) for v in node.inputs):
+                result.refuse(node, f"weights of {node.op_type} are not looked at")
             continue
         if node.op_type == "Gather":
-            _embedding(node, sites)
+            if not _embedding(node, sites) and _is_large(node.inputs[0], least):
+                result.refuse(node, "what is looked up are not rows of a matrix")
             continue
         found = contraction.of(node)
         if not isinstance(found, str):
@@ -137,8 +143,12 @@ def find(
             site.inner |= node.graph is not model.graph
         elif any(_from_codes(v) for v in node.inputs):
             result.refuse(node, QUANTIZED)
-        elif not _tied(node, sites) and any(edit.tensor(v) is not None for v in node.inputs[:2]):
+        elif _tied(node, sites):
+            continue
+        elif any(edit.tensor(v) is not None for v in node.inputs[:2]):
             result.refuse(node, found)
+        elif any(_is_folded(v) for v in node.inputs[:2]):
+            result.refuse(node, "its weight is computed from constants: put simplify before it")
     for function in model.functions.values():
         if any(edit.is_op(inner, *kinds) for inner in function):
             result.refuse(function.name or "", "weights in local functions stay: inline them with simplify")
@@ -171,13 +181,30 @@ def _is_given(value: ir.Value) -> bool:
 _LAID_OUT = ("Add", "Cast", "Div", "Mul", "Pad", "Sub", "Transpose", *VIEWS)
 
 
-def _embedding(node: ir.Node, sites: dict[ir.Value, Site]) -> None:
+def _embedding(node: ir.Node, sites: dict[ir.Value, Site]) -> bool:
+    """Whether rows of a matrix of floats are looked up; it is then noted, unless the rows are always the same."""
     table = node.inputs[0]
     held = edit.tensor(table)
     if table is None or held is None or len(held.shape) != 2 or edit.attribute(node, "axis", 0) != 0:
-        return
+        return False
     if held.dtype in _HELD and edit.tensor(node.inputs[1]) is None:
         sites.setdefault(table, Site(table)).gathers.append(node)
+    return True
+
+
+def _is_large(value: ir.Value | None, least: int) -> bool:
+    """Whether a value is a constant of floats that is large enough to be quantized."""
+    held = edit.tensor(value)
+    return held is not None and held.dtype in _HELD and len(held.shape) > 1 and held.size >= max(least, 1)
+
+
+def _is_folded(value: ir.Value | None, depth: int = 8) -> bool:
+    """Whether a value is computed from constants alone, by a few operators."""
+    node = value.producer() if value is not None else None
+    if value is None or node is None or not depth:
+        return value is not None and edit.tensor(value) is not None
+    inputs = [v for v in node.inputs if v is not None]
+    return bool(inputs) and all(edit.tensor(v) is not None or _is_folded(v, depth - 1) for v in inputs)
 
 
 def _tied(node: ir.Node, sites: dict[ir.Value, Site]) -> bool:

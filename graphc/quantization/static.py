@@ -32,8 +32,10 @@ CLIPPED = ("Relu", "Clip")
 
 def why_not(site: Site) -> str:
     """Why the products of a weight cannot be done in integers; "" if they can."""
-    if site.gathers or site.views or not site.uses:
+    if site.gathers or not site.uses:
         return "an embedding has no product to be done in integers"
+    if site.views:
+        return "a transposition reads the weight, too"
     if site.held.dtype != ir.DataType.FLOAT:
         return "activations other than float32 are not quantized"
     if len(site.value.uses()) != len(site.uses):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from graphc.contract import PassResult
-from graphc.quantization import dynamic, rounding, sites, static
+from graphc.quantization import allocation, dynamic, rounding, sites, static
 from graphc.quantization.allocation import Way
 from graphc.quantization.granularity import Granularity
 from graphc.quantization.grid import Grid
@@ -75,6 +75,8 @@ def why_not(options: Options, site: Site, way: Way | None, version: int) -> str:
     needed = 13 if plain else grid.opset
     if version < needed:
         return f"it needs opset {needed}, the model has {version}"
+    if options.scheme != "static" and allocation.nbytes(site, way) >= site.held.nbytes:
+        return "codes and scales would take as much as it does"
     if not rounding.finite(site.held):
         return "it holds NaN or infinity"
     if gains.turned(site.uses) and len(site.readers) == 1:

@@ -43,20 +43,23 @@ def write(layers: Layers, ctx: Context, result: PassResult) -> tuple[int, int]:
         scales = _scales(options, model, planned, ctx)
     writer = dynamic.Writer(model, names)
     nbytes = size = done = 0
+    later: list[tuple[Site, Codes]] = []
     for stage in _stages(options, chosen):
         statistics = _statistics(options, model, stage, ctx)
         for site, way in stage:
             ctx.progress("quantize", done, len(chosen))
             done += 1
             least = _least(options, site, scales) if whole[id(site)] else None
-            codes = _codes(options, site, way, statistics, least)
+            codes = _codes(options, site, way, statistics, least, result)
             if whole[id(site)] and not options.full_range:
                 codes = _summable(codes, site)
             nbytes, size = nbytes + codes.nbytes, size + site.held.size
             if options.correct and correction.possible(site):
                 result.change("bias corrected", correction.correct(site, codes, statistics, names))
             what = f"weight stored in {codes.grid.dtype.name.lower()}"
-            if not whole[id(site)]:
+            if not whole[id(site)] and planned is not None:
+                later.append((site, codes))  # this replaces values that may be planned
+            elif not whole[id(site)]:
                 store.dequantized(site, codes, names)
             elif options.scheme == "dynamic":
                 writer.write(site, codes)
@@ -66,8 +69,11 @@ def write(layers: Layers, ctx: Context, result: PassResult) -> tuple[int, int]:
                 what += ", multiplied in integers"
             result.change(what)
     if planned is not None:
-        result.change("weight kept in 16 bits, since ONNX Runtime would round it", guard.keep(model, planned, names))
+        kept = guard.keep(model, planned, [site.value for site, _ in later], names)
+        result.change("weight kept in 16 bits, since ONNX Runtime would round it", kept)
         result.change("activation quantized", static.quantize(model, planned, scales, names))
+        for site, codes in later:
+            store.dequantized(site, codes, names)
     if options.scheme == "weights":
         result.change("Relu written as Max, before which products are with codes", store.spare_relus(model, names))
     return nbytes, size
@@ -156,12 +162,22 @@ def _summable(codes: Codes, site: Site) -> Codes:
     return dataclasses.replace(codes, codes=tensor)
 
 
-def _codes(options: Options, site: Site, way: Way, statistics: Mapping[Any, Any], least: Array | None) -> Codes:
+def _codes(
+    options: Options,
+    site: Site,
+    way: Way,
+    statistics: Mapping[Any, Any],
+    least: Array | None,
+    result: PassResult,
+) -> Codes:
     grid, granularity = way
     clip = options.clip == "mse"
     if not _swept(options, site):
         return rounding.nearest(site.held, grid, granularity, clip=clip, least=least)
     gram = np.asarray(sum(_matrices(statistics[_gram(options, use)].products) for use in site.uses))
+    if not np.isfinite(gram).all():
+        result.refuse(site.name, "squares of what its product reads are too large: rounded to nearest")
+        return rounding.nearest(site.held, grid, granularity, clip=clip, least=least)
     how: dict[str, Any] = {"clip": clip, "order": options.order, "damp": options.damp, "least": least}
     how["rounds"] = options.refine
     if all(_curved(options, use) for use in site.uses):

@@ -120,7 +120,9 @@ class GuidedGramOf(Request[Gram]):
             raise ValueError(f"'{self.value}' has shape {x.shape} and '{self.output}' {slope.shape}")
         # The loss is a mean over rows: their number makes the squares independent of how many there are.
         weight = np.sqrt(np.square(slope, dtype=np.float64).mean(axis=-1)) * (x.size // x.shape[-1])
-        rows = (x * weight[..., None]).reshape(-1, x.shape[-1]).astype(x.dtype)
+        rows = (x * weight[..., None]).reshape(-1, x.shape[-1])
+        if np.abs(rows).max(initial=0) < np.finfo(x.dtype).max:
+            rows = rows.astype(x.dtype)
         keep = valid.rows(x.shape[:-1])
         return Gram.of(rows if keep is None else rows[keep])
 

@@ -10,6 +10,9 @@ import numpy as np
 from graphc.stats.base import Array, Request, Statistic, Valid
 from graphc.stats.rows import PLAIN, Rows, collect, finite
 
+SMALL, LARGE = 1e-12, 1e16
+"""Between these, squares of the largest numbers, and sums of them, are exact enough in float32."""
+
 
 @dataclass
 class Gram(Statistic):
@@ -29,10 +32,15 @@ class Gram(Statistic):
 
     @staticmethod
     def of(rows: Array) -> Gram:
-        """Of rows ``(rows, channels)``. Products are made in the rows' dtype, around their mean."""
+        """Of rows ``(rows, channels)``. Products are made in float32 where they fit, around their mean."""
         count, width = rows.shape
         if not count:
             return Gram(np.zeros(()), np.zeros(width), np.zeros((width, width)))
+        far = max(abs(float(rows.max())), abs(float(rows.min())))
+        if not SMALL < far < LARGE:
+            rows = rows.astype(np.float64)
+        elif rows.dtype.itemsize < 4:
+            rows = rows.astype(np.float32)
         mean = rows.mean(axis=0, dtype=np.float64)
         around = (rows - mean).astype(rows.dtype)
         # What rounding the mean's part away leaves is a shift of the rows, which is taken back exactly.

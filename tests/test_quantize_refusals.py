@@ -1,0 +1,80 @@
+"""What ``quantize`` leaves alone, and that it says why; what it must not trip over."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+from quantized_models import build, context, normal, operators, quantized, reasons, rows, run
+
+IDS = [{"i": np.arange(12).reshape(2, 6)}]
+FOLD = "its weight is computed from constants: put simplify before it"
+
+
+@pytest.mark.parametrize(
+    ("body", "reason", "constants"),
+    [
+        ("y = ConvTranspose(x, w)", "weights of ConvTranspose are not looked at", {"w": normal(64, 8, 2, 2)}),
+        ('y = Einsum<equation="nioo,if->nf">(x, w)', "weights of Einsum are not looked at", {"w": normal(64, 32)}),
+        ("t = Mul(w, s) y = MatMul(x, t)", FOLD, {"w": normal(64, 64), "s": np.full((), 2, np.float32)}),
+        ("t = Cast<to=1>(w) y = MatMul(x, t)", FOLD, {"w": normal(64, 64).astype(np.float16)}),
+        ("i = ArgMax(x) y = Gather<axis=1>(w, i)", "what is looked up are not rows of a matrix", {"w": normal(64, 64)}),
+        ("i = ArgMax(x) y = Gather(w, i)", "what is looked up are not rows of a matrix", {"w": normal(64, 4, 16)}),
+    ],
+)
+def test_why_a_weight_stays(body: str, reason: str, constants: dict[str, Any]) -> None:
+    model = build(body, "float[N,64,64,64] x", "float y", **constants)
+    before = operators(model)
+    assert reasons(quantized(model, least=1024)) == {reason, "no weight can be quantized"}
+    assert operators(model) == before
+
+
+def test_a_weight_that_is_read_transposed_is_no_embedding() -> None:
+    body = "h = MatMul(x, w) r = Relu(h) t = Transpose(w) y = MatMul(r, t)"
+    for scheme in ("dynamic", "static"):
+        model = build(body, "float[N,64] x", "float[N,64] y", w=normal(64, 48))
+        assert "a transposition reads the weight, too" in reasons(quantized(model, scheme=scheme))
+
+
+@pytest.mark.parametrize("scheme", ["weights", "dynamic"])
+def test_codes_that_take_as_much_are_not_written(scheme: str) -> None:
+    model = build("y = MatMul(x, w)", "float[N,1] x", "float[N,96] y", w=normal(1, 96))
+    assert "codes and scales would take as much as it does" in reasons(quantized(model, scheme=scheme))
+    assert operators(model) == ["MatMul"]
+
+
+def test_static_changes_nothing_where_nothing_is_quantized() -> None:
+    constants = {"w": normal(64, 48).astype(np.float16), "b": normal(48).astype(np.float16)}
+    model = build("h = MatMul(x, w) y = Add(h, b)", "float16[N,64] x", "float16[N,48] y", **constants)
+    result = quantized(model, scheme="static")
+    assert not result.changed and operators(model) == ["MatMul", "Add"]
+
+
+@pytest.mark.parametrize("head", ["", "k = Transpose(t) y = MatMul(h, k)"])
+def test_static_products_that_read_rows_of_an_embedding(head: str) -> None:
+    """What the lookup gives is replaced, and its codes were to be put behind what is gone."""
+    last = head or "y = MatMul(h, v)"
+    weights = {"t": normal(96, 64), "w": normal(64, 64)} | ({} if head else {"v": normal(64, 96)})
+    model = build(f"e = Gather(t, i) h = MatMul(e, w) {last}", "int64[N,S] i", "float[N,S,96] y", **weights)
+    want = run(model, **IDS[0])["y"]
+    result = quantized(model, context(IDS), scheme="static", activations="minmax")
+    assert "activation quantized" in " ".join(result.changes)
+    for optimise in (False, True):
+        got = run(model, optimise, **IDS[0])["y"]
+        assert np.linalg.norm(got - want) < 0.05 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("size", [1e25, 1e-25, 1e-41])
+@pytest.mark.parametrize("options", [{}, {"rounding": "gptq", "refine": 1}, {"clip": "mse"}], ids=str)
+def test_squares_of_huge_and_tiny_numbers_fit(size: float, options: dict[str, Any]) -> None:
+    weights = {"w": normal(64, 48) * np.float32(size), "v": normal(48, 32)}
+    model = build("h = MatMul(x, w) y = MatMul(h, v)", "float[N,64] x", "float[N,32] y", **weights)
+    samples = rows()
+    want = run(model, **samples[0])["y"].astype(np.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        quantized(model, context(samples), bits=4, block=16, **options)
+    got = run(model, **samples[0])["y"]
+    assert np.linalg.norm(got - want) < 0.12 * np.linalg.norm(want)
