@@ -7,7 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from quantized_models import build, context, normal, operators, quantized, reasons, rows, run
+from quantized_models import CONTEXT, build, context, held, normal, operators, quantized, reasons, rows, run
+
+from graphc.passes.simplify import Simplify
+from graphc.quantization.dynamic import NO_KERNEL
+from graphc.quantization.sites import QUANTIZED
 
 IDS = [{"i": np.arange(12).reshape(2, 6)}]
 FOLD = "its weight is computed from constants: put simplify before it"
@@ -29,6 +33,32 @@ def test_why_a_weight_stays(body: str, reason: str, constants: dict[str, Any]) -
     before = operators(model)
     assert reasons(quantized(model, least=1024)) == {reason, "no weight can be quantized"}
     assert operators(model) == before
+
+
+CODES = {"q": np.arange(1024).reshape(32, 32).astype(np.int8), "s": np.full(32, 0.01, np.float32)}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "c = Cast<to=1>(q) m = Mul(c, s) y = MatMul(x, m)",
+        "c = Cast<to=1>(q) m = Div(c, s) y = MatMul(x, m)",
+        "c = Cast<to=1>(q) z = Sub(c, s) m = Mul(z, s) t = Transpose(m) y = MatMul(x, t)",
+        "c = Cast<to=1>(q) m = Mul(c, s) y = Gemm(x, m, s)",
+        "c = Cast<to=1>(q) h = MatMul(x, c) y = Mul(h, s)",
+    ],
+)
+def test_codes_that_are_cast_stay_and_are_known(body: str) -> None:
+    """Simplify makes no floats of them, which quantize would round once more."""
+    model = build(body, "float[N,32] x", "float[N,32] y", **CODES)
+    Simplify().run(model, CONTEXT)
+    assert "Cast" in operators(model) and held(model, "q").dtype == np.int8
+    assert reasons(quantized(model)) == {QUANTIZED, "no weight can be quantized"}
+
+
+def test_convolutions_have_no_dynamic_kernel() -> None:
+    model = build("y = Conv(x, w)", "float[N,32,4,4] x", "float[N,48,4,4] y", w=normal(48, 32, 1, 1))
+    assert NO_KERNEL in reasons(quantized(model, scheme="dynamic"))
 
 
 def test_a_weight_that_is_read_transposed_is_no_embedding() -> None:

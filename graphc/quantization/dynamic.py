@@ -10,6 +10,8 @@ from graphc.quantization import store
 from graphc.quantization.rounding import Codes
 from graphc.quantization.sites import Site
 
+NO_KERNEL = "ONNX Runtime has no fast product in integers for this operator with activations quantized as they come"
+
 
 def why_not(site: Site) -> str:
     """Why the products of a weight cannot be done so; "" if they can."""
@@ -17,6 +19,8 @@ def why_not(site: Site) -> str:
         return "an embedding has no product to be done in integers"
     if site.views:
         return "a transposition reads the weight, too"
+    if any(is_op(use.node, "Conv") for use in site.uses):
+        return NO_KERNEL
     if len(site.value.uses()) != len(site.uses) or len(site.shape) != 2:
         return "the weight is no matrix that only products read"
     if site.held.dtype != ir.DataType.FLOAT:
@@ -24,9 +28,7 @@ def why_not(site: Site) -> str:
     for use in site.uses:
         plain = is_op(use.node, "MatMul") and use.node.inputs[1] is site.value
         if not (plain or (store.plain_gemm(use.node) and use.node.inputs[1] is site.value)):
-            return (
-                "ONNX Runtime has no fast product in integers for this operator with activations quantized as they come"
-            )
+            return NO_KERNEL
     turned = {bool(edit.attribute(use.node, "transB", 0)) for use in site.uses}
     return "" if len(turned) == 1 else "operators read it in different ways"
 

@@ -233,10 +233,10 @@ def _from_codes(value: ir.Value | None) -> bool:
         if node is None:
             held = edit.tensor(value)
             return held is not None and held.dtype.bitwidth <= 8 and held.dtype != ir.DataType.BOOL
-        if not edit.is_op(node, "DequantizeLinear", "Cast", "Mul", "Sub", "Transpose", "Reshape"):
+        if not edit.is_op(node, "DequantizeLinear", "Cast", "Div", "Mul", "Sub", "Transpose", "Reshape"):
             return False
         value = node.inputs[0]
-        if node.op_type in ("Mul", "Sub") and value is not None and value.producer() is None:
+        if node.op_type in ("Div", "Mul", "Sub") and value is not None and value.producer() is None:
             value = next((v for v in node.inputs if v is not None and v.producer() is not None), value)
     return False
 

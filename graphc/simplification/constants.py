@@ -27,6 +27,8 @@ AXES = "graphc.axes"
 it was there (``"1 0"`` for a transposed matrix); ``"?"`` where it was reshaped."""
 _FEW_BYTES = 16 << 10
 """Bytes up to which it does not matter that a constant is stored in two forms."""
+_CODES = 256
+"""Elements up to which a matrix of integers of 8 bits is none of a weight's codes."""
 _SAMPLE = 4096
 """Bytes of the begin and the end of a tensor by which it is first compared with others."""
 
@@ -135,10 +137,12 @@ class Constants:
 
     def _admit(self, node: ir.Node, source: ir.TensorProtocol | None, size: int, growth: int) -> None:
         """Raise CannotFold if a result of ``size`` bytes is not worth having ahead of time."""
-        if growth <= 0 or size <= edit.SMALL:
+        if growth <= 0 or size <= _CODES:
             return
-        if node.op_type in ("Cast", "CastLike") and source is not None and source.size > edit.SMALL:
+        if node.op_type in ("Cast", "CastLike") and source is not None and source.size > _most(source):
             raise CannotFold("widening a stored weight would undo its compression")
+        if size <= edit.SMALL:
+            return
         if node.op_type in _RELAYOUT and size > _FEW_BYTES:
             raise CannotFold("another form of a weight that others read would store it twice")
         if self._grown + growth > self._limit:
@@ -232,6 +236,12 @@ def _layout(node: ir.Node, weight: ir.Value) -> str:
     axes = before.split() if before else [str(axis) for axis in range(rank)]
     moved = [axes[axis] for axis in edit.attribute(node, "perm", tuple(reversed(range(rank))))]
     return "" if moved == [str(axis) for axis in range(rank)] else " ".join(moved)
+
+
+def _most(source: ir.TensorProtocol) -> int:
+    """Elements up to which a constant may be widened: fewer of what may be the codes of a weight."""
+    codes = source.dtype.is_integer() and source.dtype.bitwidth <= 8 and len(source.shape) > 1
+    return _CODES if codes else edit.SMALL
 
 
 def _nbytes(facts: Facts, value: ir.Value) -> int | None:
