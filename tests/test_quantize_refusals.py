@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from quantized_models import CONTEXT, build, context, held, normal, operators, quantized, reasons, rows, run
 
 from graphc.passes.simplify import Simplify
 from graphc.quantization.dynamic import NO_KERNEL
 from graphc.quantization.sites import QUANTIZED
+from tests.quantized_models import CONTEXT, build, context, held, normal, quantized, reasons, rows, run
+from tests.small_models import operators
 
 IDS = [{"i": np.arange(12).reshape(2, 6)}]
 FOLD = "its weight is computed from constants: put simplify before it"
@@ -53,6 +54,22 @@ def test_codes_that_are_cast_stay_and_are_known(body: str) -> None:
     model = build(body, "float[N,32] x", "float[N,32] y", **CODES)
     Simplify().run(model, CONTEXT)
     assert "Cast" in operators(model) and held(model, "q").dtype == np.int8
+    assert reasons(quantized(model)) == {QUANTIZED, "no weight can be quantized"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "i = ArgMax(x) g = Gather(q, i) c = Cast<to=1>(g) y = Mul(c, s)",
+        "m = DequantizeLinear<axis=1>(q, s) y = MatMul(x, m)",
+        "m = DequantizeLinear<axis=1>(h, s) y = MatMul(x, m)",
+        "m = com.microsoft.DequantizeLinear<axis=1>(h, s) y = MatMul(x, m)",
+        "y = com.microsoft.MatMulBnb4<K=32, N=32, block_size=32, quant_type=1>(x, q, s)",
+    ],
+)
+def test_codes_of_other_tools_are_known(body: str) -> None:
+    constants = CODES | {"h": CODES["q"].astype(np.int16)}
+    model = build(body, "float[N,32] x", "float y", **{k: v for k, v in constants.items() if f"{k}," in body + ","})
     assert reasons(quantized(model)) == {QUANTIZED, "no weight can be quantized"}
 
 

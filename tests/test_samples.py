@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-from quantized_models import build, context, mlp, normal, run
 
 from graphc import caches, measure
 from graphc.checking import inputs
 from graphc.gate import Judge
 from graphc.passes.quantize import Quantize
+from tests.quantized_models import build, context, mlp, normal, run
 
 
 def test_values_that_no_data_has_are_for_checks_only() -> None:

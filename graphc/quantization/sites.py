@@ -20,7 +20,7 @@ QUANTIZED = "its weight is quantized already"
 
 INTEGERS = frozenset(
     "ConvInteger DynamicQuantizeLSTM DynamicQuantizeMatMul GatherBlockQuantized MatMulInteger MatMulIntegerToFloat "
-    "MatMulNBits QAttention QGemm QLinearConv QLinearMatMul QMoE".split()
+    "MatMulBnb4 MatMulFpQ4 MatMulNBits QAttention QGemm QLinearConv QLinearMatMul QMoE".split()
 )
 """Operators whose weights are integers."""
 
@@ -133,7 +133,9 @@ def find(
                 result.refuse(node, f"weights of {node.op_type} are not looked at")
             continue
         if node.op_type == "Gather":
-            if not _embedding(node, sites) and _is_large(node.inputs[0], least):
+            if _holds_codes(node.inputs[0]):
+                result.refuse(node, QUANTIZED)
+            elif not _embedding(node, sites) and _is_large(node.inputs[0], least):
                 result.refuse(node, "what is looked up are not rows of a matrix")
             continue
         found = contraction.of(node)
@@ -192,6 +194,12 @@ def _embedding(node: ir.Node, sites: dict[ir.Value, Site]) -> bool:
     return True
 
 
+def _holds_codes(table: ir.Value | None) -> bool:
+    """Whether rows of a matrix of integers of up to 8 bits are looked up."""
+    held = edit.tensor(table)
+    return held is not None and len(held.shape) == 2 and held.dtype.is_integer() and held.dtype.bitwidth <= 8
+
+
 def _is_large(value: ir.Value | None, least: int) -> bool:
     """Whether a value is a constant of floats that is large enough to be quantized."""
     held = edit.tensor(value)
@@ -227,13 +235,15 @@ def _is_quantized(node: ir.Node) -> bool:
 
 
 def _from_codes(value: ir.Value | None) -> bool:
-    """Whether a value is made of constant integers of up to 8 bits, by a DequantizeLinear or by Cast and Mul."""
+    """Whether a value is made of constants by any DequantizeLinear, or of integers of up to 8 bits by Cast and Mul."""
     for _ in range(6):
         node = value.producer() if value is not None else None
         if node is None:
             held = edit.tensor(value)
             return held is not None and held.dtype.bitwidth <= 8 and held.dtype != ir.DataType.BOOL
-        if not edit.is_op(node, "DequantizeLinear", "Cast", "Div", "Mul", "Sub", "Transpose", "Reshape"):
+        if node.op_type == "DequantizeLinear":
+            return edit.tensor(node.inputs[0]) is not None
+        if not edit.is_op(node, "Cast", "Div", "Mul", "Sub", "Transpose", "Reshape"):
             return False
         value = node.inputs[0]
         if node.op_type in ("Div", "Mul", "Sub") and value is not None and value.producer() is None:

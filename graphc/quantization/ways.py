@@ -75,7 +75,7 @@ def why_not(options: Options, site: Site, way: Way | None, version: int) -> str:
     needed = 13 if plain else grid.opset
     if version < needed:
         return f"it needs opset {needed}, the model has {version}"
-    if options.scheme != "static" and allocation.nbytes(site, way) >= site.held.nbytes:
+    if (options.scheme != "static" or site.gathers) and allocation.nbytes(site, way) >= site.held.nbytes:
         return "codes and scales would take as much as it does"
     if not rounding.finite(site.held):
         return "it holds NaN or infinity"
