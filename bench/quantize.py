@@ -38,18 +38,21 @@ UNMEASURED: Any = {"measure": False, "verify": False}
 
 EXACT = "simplify,fuse,shrink,recognise,simplify,lower"
 
+DECODED = "lower{only=[decoded-weight]}"
+"""Where products of many rows are slower with codes, the session decodes them."""
+
 GRAPHC = {
-    "graphc int8 weights": "quantize",
+    "graphc int8 weights": f"quantize,{DECODED}",
     "graphc int8 dynamic": "quantize{scheme=dynamic}",
     "graphc int8 static": "quantize{scheme=static rounding=gptq damp=0.1 correct=true}",
     "graphc int8 static, 6 layers kept": "quantize{scheme=static rounding=gptq damp=0.1 correct=true keep=6}",
     "graphc int8 static, nearest": "quantize{scheme=static activations=mse correct=true}",
     "graphc int8 static, full range": "quantize{scheme=static rounding=gptq damp=0.1 correct=true full-range=true}",
-    "graphc int4/32": "quantize{bits=4 block=32 clip=mse}",
-    "graphc int4/128": "quantize{bits=4 block=128}",
+    "graphc int4/32": f"quantize{{bits=4 block=32 clip=mse}},{DECODED}",
+    "graphc int4/128": f"quantize{{bits=4 block=128}},{DECODED}",
     "graphc int4/128 asymmetric": "quantize{bits=4 block=128 symmetric=false clip=mse}",
     "graphc int4/128, packed head": "quantize{bits=4 block=128 embeddings=4},lower-int8",
-    "graphc int4/32 gptq": "quantize{bits=4 block=32 rounding=gptq clip=mse}",
+    "graphc int4/32 gptq": f"quantize{{bits=4 block=32 rounding=gptq clip=mse}},{DECODED}",
     "graphc int4/128 gptq": "quantize{bits=4 block=128 rounding=gptq clip=mse}",
     "graphc int4/128 gptq, guided": "quantize{bits=4 block=128 rounding=gptq clip=mse guide=loss refine=2}",
     "graphc int4/128 asymmetric gptq, guided": "quantize{bits=4 block=128 symmetric=false rounding=gptq clip=mse "
