@@ -229,7 +229,13 @@ def _ppocr(text: Path) -> Experiment:
     def calibration() -> Samples:
         return [{"x": picture} for picture, _ in lines(text / "text_calib.txt", 40)]
 
-    variants = ("graphc int8 weights", "graphc int8 static", "ort static", "ort dynamic")
+    variants = (
+        "graphc int8 weights",
+        "graphc int8 static",
+        "graphc int8 static, channels",
+        "ort static",
+        "ort dynamic",
+    )
     return Experiment(model, calibration, errors, "character error", {"x": test[0][0]}, variants)
 
 

@@ -46,6 +46,7 @@ GRAPHC = {
     "graphc int8 dynamic": "quantize{scheme=dynamic}",
     "graphc int8 static": "quantize{scheme=static rounding=gptq damp=0.1 correct=true}",
     "graphc int8 static, 6 layers kept": "quantize{scheme=static rounding=gptq damp=0.1 correct=true keep=6}",
+    "graphc int8 static, channels": "quantize{scheme=static rounding=gptq damp=0.1 correct=true scaling=channels}",
     "graphc int8 static, nearest": "quantize{scheme=static activations=mse correct=true}",
     "graphc int8 static, full range": "quantize{scheme=static rounding=gptq damp=0.1 correct=true full-range=true}",
     "graphc int4/32": f"quantize{{bits=4 block=32 clip=mse}},{DECODED}",
