@@ -71,7 +71,7 @@ GRAPHC = {
 HEALED = {
     "graphc int4/128 asymmetric gptq, curvature, healed": (
         "graphc int4/128 asymmetric gptq, curvature",
-        "heal{steps=60 batch=2 learning-rate=2e-4 hidden=0 held-out=0.05 precision=bfloat16}",
+        "heal{steps=60 batch=2 learning-rate=3e-4 hidden=0 held-out=0.05 patience=0 precision=bfloat16}",
     ),
 }
 """What another variant made is healed: its name, and how. The prepared model teaches."""
