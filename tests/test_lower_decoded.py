@@ -14,9 +14,8 @@ from graphc import pipeline, runtime
 from graphc.contract import PassResult
 from graphc.lowering import decoded
 from graphc.passes.lower import Lower
-from tests.test_fuse import build, operators, reasons
-from tests.test_lower import always
-from tests.test_recognise import feeds, run
+from tests.recognised_models import always
+from tests.small_models import build, feeds, operators, reasons, run
 
 DATA = Path(__file__).parent / "data"
 ROWS, IMAGE = "float[B,S,32] x", "float[N,3,8,8] x"
