@@ -7,7 +7,7 @@ MatMul with the weight on either side, Gemm, convolutions, stacks of weights and
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
@@ -32,6 +32,9 @@ class Contraction:
         grouped: The number of groups that the axis of the outputs falls into (grouped convolution).
         output_axis: The axis of the node's output that the weight's outputs are.
         shape: The weight's.
+        input_name: What the activation was called when this was found: where a graph's output is made anew, its name
+            goes to another value.
+        output_name: The same of the node's output.
     """
 
     node: ir.Node
@@ -44,6 +47,12 @@ class Contraction:
     grouped: int = 1
     output_axis: int = -1
     shape: tuple[int, ...] = ()
+    input_name: str = field(init=False, compare=False)
+    output_name: str = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "input_name", self.activation.name or "")
+        object.__setattr__(self, "output_name", self.node.outputs[0].name or "")
 
     @property
     def axis(self) -> int:
@@ -53,34 +62,30 @@ class Contraction:
     @property
     def moments(self) -> MomentsOf:
         """The request for moments of the channels; without the kernel's elements."""
-        return MomentsOf(self._name, Rows(**{**vars(self.rows), "window": None}))
+        return MomentsOf(self.input_name, Rows(**{**vars(self.rows), "window": None}))
 
     @property
     def patches(self) -> MomentsOf:
         """The request for moments of the rows; of a convolution, of each kernel element of each channel."""
-        return MomentsOf(self._name, self.rows)
+        return MomentsOf(self.input_name, self.rows)
 
     @property
     def gram(self) -> GramOf:
         """The request for the Gram matrix of the rows."""
-        return GramOf(self._name, self.rows)
+        return GramOf(self.input_name, self.rows)
 
     @property
     def output_gradients(self) -> GradientGramOf:
         """The request for the Gram matrix of the loss's gradient by the output's channels."""
         rows = Rows(**{**vars(self.rows), "window": None, "axis": self.output_axis})
-        return GradientGramOf(self.node.outputs[0].name or "", rows)
+        return GradientGramOf(self.output_name, rows)
 
     @property
     def guided_gram(self) -> GuidedGramOf | None:
         """The request for the Gram matrix of the rows by what the loss makes of each; None but for plain matrices."""
         if self.rows.window is not None or self.rows.grouped:
             return None
-        return GuidedGramOf(self._name, self.node.outputs[0].name or "", self.rows.axis, self.output_axis)
-
-    @property
-    def _name(self) -> str:
-        return self.activation.name or ""
+        return GuidedGramOf(self.input_name, self.output_name, self.rows.axis, self.output_axis)
 
     @property
     def window(self) -> int:

@@ -125,3 +125,27 @@ def test_squares_of_huge_and_tiny_numbers_fit(size: float, options: dict[str, An
         quantized(model, context(samples), bits=4, block=16, **options)
     got = run(model, **samples[0])["y"]
     assert np.linalg.norm(got - want) < 0.12 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("scheme", ["weights", "dynamic", "static"])
+@pytest.mark.parametrize("product", ["MatMul(x, w)", "Gemm(x, w)", "Gemm(x, w, b)"])
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_an_activation_that_is_an_output_too(scheme: str, product: str, rounding: str) -> None:
+    """Its name goes to what is written instead, while its statistics are known by that name."""
+    weights = {"w": normal(64, 64), "v": normal(64, 64)} | ({"b": normal(64)} if "b" in product else {})
+    model = build(f"h = {product} y = Gemm(h, v)", "float[N,64] x", "float[N,64] h, float[N,64] y", **weights)
+    want = run(model, **rows()[0])
+    quantized(model, context(rows()), scheme=scheme, correct=True, rounding=rounding)
+    got = run(model, **rows()[0])
+    assert list(got) == ["h", "y"]
+    for name, array in want.items():
+        assert np.linalg.norm(got[name] - array) < 0.02 * np.linalg.norm(array)
+
+
+def test_sums_with_new_biases_are_what_the_next_product_reads_as_codes() -> None:
+    weights = {"w": normal(64, 64), "v": normal(64, 64)}
+    model = build("h = MatMul(x, w) y = MatMul(h, v)", "float[N,4,64] x", "float[N,4,64] y", **weights)
+    samples = [{"x": normal(8, 4, 64, seed=i)} for i in range(3)]
+    quantized(model, context(samples), scheme="static", correct=True)
+    read = [node.inputs[0].producer() for node in model.graph if node.op_type == "QuantizeLinear"]
+    assert [None if node is None else node.op_type for node in read] == [None, "Add"]

@@ -9,8 +9,8 @@ from graphc import edit
 from graphc.edit import Array
 
 
-def add_bias(node: ir.Node, bias: Array, names: edit.Names) -> None:
-    """Add a constant to the output of a MatMul, Gemm or Conv.
+def add_bias(node: ir.Node, bias: Array, names: edit.Names) -> ir.Value:
+    """Add a constant to the output of a MatMul, Gemm or Conv; returns the value that holds the sum or becomes it.
 
     Args:
         node: The node.
@@ -23,8 +23,8 @@ def add_bias(node: ir.Node, bias: Array, names: edit.Names) -> None:
     if node.op_type == "MatMul":
         if not _into_add(node, bias, names):
             vector = edit.initializer(_root(graph), bias.astype(dtype), names.fresh(f"{out.name}.bias"))
-            _insert_add(node, vector, names)
-        return
+            return _insert_add(node, vector, names)
+        return out
     channels = bias.reshape(-1) if node.op_type == "Conv" else bias
     held = edit.constant(node.inputs[2]) if len(node.inputs) > 2 else None
     scale = float(edit.attribute(node, "beta", 1.0)) if node.op_type == "Gemm" else 1.0
@@ -42,7 +42,9 @@ def add_bias(node: ir.Node, bias: Array, names: edit.Names) -> None:
         node.replace_input_with(2, edit.initializer(_root(graph), total, name))
         edit.drop_unused(old)
     else:
-        _insert_add(node, edit.initializer(_root(graph), bias.astype(dtype), names.fresh(f"{out.name}.bias")), names)
+        vector = edit.initializer(_root(graph), bias.astype(dtype), names.fresh(f"{out.name}.bias"))
+        return _insert_add(node, vector, names)
+    return out
 
 
 def as_channels(node: ir.Node, bias: Array) -> Array:
@@ -72,7 +74,7 @@ def _into_add(node: ir.Node, bias: Array, names: edit.Names) -> bool:
     return True
 
 
-def _insert_add(node: ir.Node, vector: ir.Value, names: edit.Names) -> None:
+def _insert_add(node: ir.Node, vector: ir.Value, names: edit.Names) -> ir.Value:
     out, graph = node.outputs[0], node.graph
     assert graph is not None
     total = ir.Value(name=names.fresh(f"{out.name}.plus"), shape=out.shape, type=out.type)
@@ -80,6 +82,7 @@ def _insert_add(node: ir.Node, vector: ir.Value, names: edit.Names) -> None:
     graph.insert_after(node, add)
     edit.replace(out, total)
     add.replace_input_with(0, out)
+    return total
 
 
 def _root(graph: ir.Graph | ir.Function) -> ir.Graph:

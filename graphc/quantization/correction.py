@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 from graphc import edit
 from graphc.edit import is_op
@@ -27,8 +28,8 @@ def possible(site: Site) -> bool:
     return True
 
 
-def correct(site: Site, codes: Codes, statistics: Mapping[Any, Any], names: edit.Names) -> int:
-    """Add ``(W - W') mean(x)`` to the outputs, before the weight is written; returns to how many products.
+def correct(site: Site, codes: Codes, statistics: Mapping[Any, Any], names: edit.Names) -> list[ir.Value]:
+    """Add ``(W - W') mean(x)`` to the outputs of products, before the weight is written; returns what holds the sums.
 
     Args:
         site: The weight, not written yet.
@@ -38,10 +39,10 @@ def correct(site: Site, codes: Codes, statistics: Mapping[Any, Any], names: edit
     """
     error = np.asarray(site.held.numpy(), dtype=np.float32) - codes.values()
     edit.release(site.held)
+    found = []
     for use in site.uses:
         matrices = use.matrices(error).astype(np.float64)
         means = np.atleast_2d(statistics[use.patches].mean)
-        add_bias(
-            use.node, np.einsum("gok,gk->go", matrices, np.broadcast_to(means, matrices.shape[::2])).reshape(-1), names
-        )
-    return len(site.uses)
+        bias = np.einsum("gok,gk->go", matrices, np.broadcast_to(means, matrices.shape[::2])).reshape(-1)
+        found.append(add_bias(use.node, bias, names))
+    return found

@@ -4,7 +4,7 @@ in integers."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from graphc.quantization import store
 from graphc.quantization.rounding import Codes
 from graphc.quantization.sites import Site
 
-Scales = Mapping[str, tuple[np.float32, np.uint8]]
+Scales = dict[str, tuple[np.float32, np.uint8]]
 """Scale and zero point of activations, by the name of the value."""
 
 SAME = ("MaxPool", "Transpose", *VIEWS)
@@ -67,6 +67,17 @@ class Plan:
     def calibrated(self) -> list[ir.Value]:
         """The values whose ranges are needed."""
         return [value for value in self.values if value not in self.same]
+
+    def move(self, old: ir.Value, new: ir.Value) -> None:
+        """Quantize another value instead of one, which all readers read now."""
+        if old is new or old not in self.readers:
+            return
+        self.values[self.values.index(old)] = new
+        self.readers[new] = self.readers.pop(old)
+        if old in self.same:
+            self.same[new] = self.same.pop(old)
+        for value, source in self.same.items():
+            self.same[value] = new if source is old else source
 
 
 def plan(model: ir.Model, sites: Sequence[Site]) -> Plan:
@@ -133,10 +144,7 @@ def between(node: ir.Node, planned: Plan) -> bool:
 def quantize(model: ir.Model, planned: Plan, scales: Scales, names: edit.Names) -> int:
     """Put Q/DQ behind the planned values; returns how many."""
     for value in planned.values:
-        source = value
-        while source in planned.same:
-            source = planned.same[source]
-        scale, zero = scales[source.name or ""]
+        scale, zero = scales[value.name or ""]
         readers = planned.readers[value]
         value = _before_relu(value, int(zero)) if readers is None else value
         uses = [use for use in value.uses() if readers is None or use.node in readers]
@@ -216,7 +224,7 @@ def least_scales(site: Site, scales: Scales) -> Array | None:
     for use in site.uses:
         bias = edit.constant(bias_of(use.node))
         if bias is not None:
-            least = np.abs(bias.astype(np.float64)) / (float(scales[use.activation.name or ""][0]) * 2**30)
+            least = np.abs(bias.astype(np.float64)) / (float(scales[use.input_name][0]) * 2**30)
             found = least if found is None else np.maximum(found, least)
     return found
 
@@ -243,7 +251,7 @@ def products(site: Site, codes: Codes, scales: Scales, names: edit.Names) -> Non
         use.node.replace_input_with(1, value)
         bias = bias_of(use.node)
         if bias is not None:
-            _bias(use.node, bias, channels * scales[use.activation.name or ""][0], names)
+            _bias(use.node, bias, channels * scales[use.input_name][0], names)
 
 
 def _bias(node: ir.Node, bias: ir.Value, scale: Array, names: edit.Names) -> None:
@@ -266,4 +274,4 @@ def _bias(node: ir.Node, bias: ir.Value, scale: Array, names: edit.Names) -> Non
 
 def inputs(sites: Iterable[Site]) -> set[str]:
     """The names of what the products with some weights read."""
-    return {use.activation.name or "" for site in sites for use in site.uses}
+    return {use.input_name for site in sites for use in site.uses}

@@ -55,7 +55,13 @@ def write(layers: Layers, ctx: Context, result: PassResult) -> tuple[int, int]:
                 codes = _summable(codes, site)
             nbytes, size = nbytes + codes.nbytes, size + site.held.size
             if options.correct and correction.possible(site):
-                result.change("bias corrected", correction.correct(site, codes, statistics, names))
+                sums = correction.correct(site, codes, statistics, names)
+                result.change("bias corrected", len(sums))
+                if planned is not None:
+                    for use, total in zip(site.uses, sums, strict=True):
+                        planned.move(use.node.outputs[0], total)
+                        if use.output_name in scales:
+                            scales[total.name or ""] = scales[use.output_name]
             what = f"weight stored in {codes.grid.dtype.name.lower()}"
             if not whole[id(site)] and planned is not None:
                 later.append((site, codes))  # this replaces values that may be planned
