@@ -138,7 +138,14 @@ def _smollm2(text: Path) -> Experiment:
     )
 
 
-DECODE = ("graphc int8 weights", "graphc int4/32", "graphc int4/128", "graphc int4/128, packed head", "ort int4/128")
+DECODE = (
+    "graphc int8 weights",
+    "graphc int4/32",
+    "graphc int4/128",
+    "graphc int4/128 asymmetric",
+    "graphc int4/128, packed head",
+    "ort int4/128",
+)
 
 
 def _decode(text: Path) -> Experiment:

@@ -53,8 +53,8 @@ def refined(
         rounds: How often codes and scales are changed.
         order: Whether columns with the largest inputs come first, and outputs with the largest gradients.
     """
-    slopes = slopes / max(float(np.diagonal(slopes).mean()), 1e-300) + SHRUNK * np.eye(len(slopes))
-    products = products / max(float(np.diagonal(products).mean()), 1e-300)
+    slopes = (_even(slopes) + SHRUNK * np.eye(len(slopes))).astype(np.float32)
+    products = _even(products).astype(np.float32)
     best = _loss(weights - (codes - zeros) * scales, products, slopes)
     for _ in range(rounds):
         new = _swept(weights, products, slopes, grid, scales, zeros, order)
@@ -66,6 +66,11 @@ def refined(
             scales = _rescaled(weights, products, slopes, codes - zeros, scales, labels)
             best = _loss(weights - (codes - zeros) * scales, products, slopes)
     return codes, scales
+
+
+def _even(gram: Array) -> Array:
+    """A Gram matrix whose diagonal has a mean of 1."""
+    return np.asarray(gram / max(float(np.diagonal(gram).mean()), 1e-300))
 
 
 def _loss(error: Array, products: Array, slopes: Array) -> float:
