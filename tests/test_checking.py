@@ -430,12 +430,12 @@ def test_large_weights_are_not_held_in_memory(tmp_path: Path) -> None:
         import threading, time
         from pathlib import Path
         from graphc import checking
-        from graphc.runtime import timing
-        peak = base = timing._status("RssAnon")
+        from graphc import memory
+        peak = base = memory._status("RssAnon")
         def watch():
             global peak
             while True:
-                peak = max(peak, timing._status("RssAnon"))
+                peak = max(peak, memory._status("RssAnon"))
                 time.sleep(0.005)
         threading.Thread(target=watch, daemon=True).start()
         found = checking.compare(Path({str(path)!r}), Path({str(path)!r}))
