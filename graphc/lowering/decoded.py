@@ -9,6 +9,7 @@ import onnx_ir as ir
 from graphc import edit
 from graphc.lowering.site import Site
 from graphc.lowering.steps import Step, between, constant, ints
+from graphc.moves import VIEWS
 from graphc.recognition.graph import Graph
 from graphc.rewrites.base import Refused
 from graphc.runtime import BIG
@@ -19,7 +20,7 @@ constant weight makes possible costs more than it brings, so that nothing can be
 
 _READERS = (*_CONVOLUTIONS, "Gemm", "MatMul")
 
-_MOVING = ("Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+_MOVING = ("MaxPool", "Transpose", *VIEWS)
 """What the session moves behind products of integers."""
 
 _CODES = {ir.DataType[f"{sign}INT{bits}"] for sign in ("", "U") for bits in (4, 8)}
@@ -90,11 +91,10 @@ def _reader(node: ir.Node) -> ir.Node | None:
     x = reader.inputs[0]
     if not edit.is_op(reader, *_READERS) or x is None or edit.tensor(x) is not None:
         return None
-    while edit.is_op(x.producer(), *_MOVING):
-        x = x.producer().inputs[0]  # type: ignore[union-attr]
-        if x is None:
-            return None
-    return None if edit.is_op(x.producer(), "DequantizeLinear") else reader
+    made = x.producer()
+    while made is not None and edit.is_op(made, *_MOVING) and made.inputs[0] is not None:
+        made = made.inputs[0].producer()
+    return None if edit.is_op(made, "DequantizeLinear") else reader
 
 
 def _decoded(graph: Graph) -> int:

@@ -21,7 +21,7 @@ TILE = 64
 
 SHRUNK = 0.3
 """What is added to the diagonal of ``G``, as a part of its mean: it is known less well than ``H``, from one gradient
-a row, and held-out rows are served best so."""
+a row. With 1 instead, a small language model came out as near to the original on held-out text."""
 
 STEPS = 16
 """Of conjugate gradients, for scales."""
